@@ -1,0 +1,59 @@
+# make demo    everything from nothing, then the main job on a real guest
+# make test    everything from nothing, then all tests
+# make lint    ruff, mypy --strict, clang-format
+# make bench   ratios against QEMU's built-in way and the host's limits, same run
+# make fuzz    coverage-guided fuzzing of the C core (needs clang), FUZZ_SECONDS each
+#
+# Nothing here needs root, and nothing outside .venv/, build/ and the cache folder is touched
+# (VHOSTD_CACHE, default ~/.cache/vhostd: QEMU, guest kernels).
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BUILD_INPUTS := pyproject.toml Makefile $(wildcard c_src/*.[ch]) vhostd/_native/build.py
+PYTEST_FLAGS ?=
+FUZZ_SECONDS ?= 60
+
+.PHONY: all demo test unit lint bench fuzz stack clean
+
+all: $(VENV)/stamp
+
+# The stamp is written last, so that an interrupted installation is done again.
+$(VENV)/stamp: $(BUILD_INPUTS)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11: set PYTHON=" >&2; exit 1; }
+	@command -v gcc >/dev/null || { echo "make: gcc not found: install gcc and libc6-dev" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "make: cannot create $(VENV): install python3-venv" >&2; exit 1; }
+	@rm -f $@
+	$(RUN) -m pip install --quiet --disable-pip-version-check "setuptools>=77" "cffi>=1.17" wheel
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/stamp
+	@$(RUN) -m tests.vm.stack --kernels 6.12
+	@$(RUN) -m tests.demo
+
+stack: $(VENV)/stamp
+	@$(RUN) -m tests.vm.stack --kernels 6.1,6.12,7
+
+test: $(VENV)/stamp stack
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+unit: $(VENV)/stamp
+	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)
+
+lint: $(VENV)/stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
+
+bench: $(VENV)/stamp
+	@$(RUN) -m tests.vm.stack --kernels 6.12
+	@$(RUN) -m tests.bench
+
+fuzz: $(VENV)/stamp
+	$(MAKE) -f tests/fuzz/fuzz.mk fuzz-run FUZZ_SECONDS=$(FUZZ_SECONDS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info vhostd/_native/_core*.so vhostd/_native/_core.c
