@@ -1,0 +1,298 @@
+/* device.c - one connection's queues, config bytes and events: their life, under Python's command.
+ * Must not know what runs on a queue, nor wait for anything. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "vhd.h"
+
+enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 1 };
+
+static void assert_parked(const struct vhd_device *device)
+{
+    assert(device->worker == NULL || vhd_worker_parked(device->worker));
+}
+
+static struct vhd_queue *queue_at(struct vhd_device *device, uint32_t index)
+{
+    assert(index < device->queue_count);
+    return &device->queues[index];
+}
+
+/* -- life ------------------------------------------------------------------------------------- */
+
+static int open_shared(struct vhd_device *device)
+{
+    void *at;
+
+    device->shared_fd = memfd_create("vhostd-device", MFD_CLOEXEC);
+    if (device->shared_fd < 0)
+        return -errno;
+    if (ftruncate(device->shared_fd, sizeof *device->shared) != 0)
+        return -errno;
+    at = mmap(NULL, sizeof *device->shared, PROT_READ | PROT_WRITE, MAP_SHARED, device->shared_fd,
+              0);
+    if (at == MAP_FAILED)
+        return -errno;
+    device->shared = at;
+    device->shared->magic = SHARED_MAGIC;
+    device->shared->version = SHARED_VERSION;
+    return 0;
+}
+
+vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
+                              const uint8_t *config_writable, int *error)
+{
+    struct vhd_device *device;
+
+    assert(queue_count > 0 && queue_count <= VHD_QUEUES_MAX);
+    assert(config_size <= VHD_CONFIG_SIZE_MAX);
+    device = calloc(1, sizeof *device);
+    if (device == NULL) {
+        *error = -ENOMEM;
+        return NULL;
+    }
+    *error = open_shared(device);
+    if (*error != 0) {
+        if (device->shared_fd >= 0)
+            close(device->shared_fd);
+        free(device);
+        return NULL;
+    }
+    pthread_mutex_init(&device->lock, NULL);
+    device->socket_fd = -1;
+    device->queue_count = device->shared->queue_count = queue_count;
+    device->shared->config_size = config_size;
+    memcpy(device->config_writable, config_writable, config_size);
+    device->balloon.counters = &device->shared->balloon;
+    for (uint32_t i = 0; i < queue_count; i++) {
+        struct vhd_queue *queue = &device->queues[i];
+
+        queue->index = i;
+        queue->shared = &device->shared->rings[i];
+        queue->kick_fd = queue->call_fd = queue->err_fd = -1;
+    }
+    return device;
+}
+
+void vhd_device_destroy(vhd_device *device)
+{
+    if (device == NULL)
+        return;
+    assert(device->worker == NULL);
+    pthread_mutex_destroy(&device->lock);
+    munmap(device->shared, sizeof *device->shared);
+    close(device->shared_fd);
+    free(device);
+}
+
+int vhd_device_attach(vhd_device *device, vhd_worker *worker)
+{
+    int rc;
+
+    assert(device->worker == NULL && vhd_worker_parked(worker));
+    rc = vhd_worker_add(worker, device);
+    if (rc == 0)
+        device->worker = worker;
+    return rc;
+}
+
+void vhd_device_detach(vhd_device *device)
+{
+    struct vhd_ring_position position;
+
+    assert(device->worker != NULL);
+    assert_parked(device);
+    vhd_socket_set(device, -1);
+    for (uint32_t i = 0; i < device->queue_count; i++)
+        vhd_ring_stop(device, i, &position);
+    vhd_worker_remove(device->worker, device);
+    device->worker = NULL;
+}
+
+const struct vhd_shared *vhd_device_shared(const vhd_device *device)
+{
+    return device->shared;
+}
+
+int vhd_device_shared_fd(const vhd_device *device)
+{
+    return device->shared_fd;
+}
+
+/* -- events ----------------------------------------------------------------------------------- */
+
+void vhd_device_raise(struct vhd_device *device, uint32_t event)
+{
+    if (!(atomic_fetch_or(&device->events, event) & event))
+        vhd_worker_notify(device->worker);
+}
+
+uint32_t vhd_device_take_events(vhd_device *device)
+{
+    return atomic_exchange(&device->events, 0);
+}
+
+/* -- config space ----------------------------------------------------------------------------- */
+
+void vhd_config_publish(vhd_device *device, uint32_t offset, const uint8_t *bytes, uint32_t size)
+{
+    assert(offset <= device->shared->config_size);
+    assert(size <= device->shared->config_size - offset);
+    pthread_mutex_lock(&device->lock);
+    memcpy(device->shared->config + offset, bytes, size);
+    pthread_mutex_unlock(&device->lock);
+}
+
+void vhd_config_read(vhd_device *device, uint8_t *bytes, uint32_t size)
+{
+    assert(size <= device->shared->config_size);
+    pthread_mutex_lock(&device->lock);
+    memcpy(bytes, device->shared->config, size);
+    pthread_mutex_unlock(&device->lock);
+}
+
+/* -- memory ----------------------------------------------------------------------------------- */
+
+static const struct vhd_table *table_of(const struct vhd_device *device)
+{
+    return &device->tables[device->table];
+}
+
+int vhd_device_set_regions(vhd_device *device, const struct vhd_region *regions, uint32_t count)
+{
+    uint32_t next = 1 - device->table;
+    int rc;
+
+    assert_parked(device);
+    rc = vhd_table_init(&device->tables[next], regions, count);
+    if (rc != 0)
+        return rc;
+    for (uint32_t i = 0; i < device->queue_count && rc == 0; i++)
+        if (device->queues[i].started)
+            rc = vhd_ring_translate(&device->queues[i].ring, &device->tables[next]);
+    if (rc == 0) {
+        device->table = next;
+        return 0;
+    }
+    /* All lay in the old table before, so they do again. */
+    for (uint32_t i = 0; i < device->queue_count; i++)
+        if (device->queues[i].started) {
+            int back = vhd_ring_translate(&device->queues[i].ring, table_of(device));
+            assert(back == 0);
+            (void)back;
+        }
+    return rc;
+}
+
+void vhd_device_set_log(vhd_device *device, vhd_log *log, int log_all)
+{
+    assert_parked(device);
+    device->log = log;
+    device->balloon.log = log_all ? log : NULL;
+    for (uint32_t i = 0; i < device->queue_count; i++)
+        device->queues[i].ring.log = log;
+}
+
+/* -- rings ------------------------------------------------------------------------------------ */
+
+int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
+{
+    struct vhd_queue *queue = queue_at(device, index);
+    int rc;
+
+    assert_parked(device);
+    assert(!queue->started);
+    rc = vhd_ring_init(&queue->ring, table_of(device), setup);
+    if (rc != 0)
+        return rc;
+    rc = vhd_handed_open(queue);
+    if (rc != 0)
+        return rc;
+    queue->ring.log = device->log;
+    queue->handler = setup->handler;
+    queue->kick_fd = setup->kick_fd;
+    queue->call_fd = setup->call_fd;
+    queue->err_fd = setup->err_fd;
+    queue->started = true;
+    queue->shared->started = 1;
+    queue->shared->fault = VHD_FAULT_NONE;
+    vhd_queue_publish_position(queue);
+    return 0;
+}
+
+void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled)
+{
+    struct vhd_queue *queue = queue_at(device, index);
+    int rc;
+
+    assert_parked(device);
+    queue->enabled = enabled != 0;
+    queue->shared->enabled = enabled != 0;
+    /* The driver's kick may have come before anybody listened, so look once without one. */
+    queue->look = queue->enabled;
+    rc = vhd_queue_watch(device, queue);
+    assert(rc == 0); /* an eventfd can be watched; the caller let nothing else through */
+    (void)rc;
+}
+
+void vhd_ring_set_handler(vhd_device *device, uint32_t index, uint32_t handler)
+{
+    struct vhd_queue *queue = queue_at(device, index);
+
+    assert_parked(device);
+    queue->handler = handler;
+    queue->look = queue->enabled;
+}
+
+void vhd_ring_set_call(vhd_device *device, uint32_t index, int fd)
+{
+    assert_parked(device);
+    queue_at(device, index)->call_fd = fd;
+}
+
+void vhd_ring_set_err(vhd_device *device, uint32_t index, int fd)
+{
+    assert_parked(device);
+    queue_at(device, index)->err_fd = fd;
+}
+
+void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position *position)
+{
+    struct vhd_queue *queue = queue_at(device, index);
+
+    assert_parked(device);
+    memset(position, 0, sizeof *position);
+    if (!queue->started)
+        return;
+    *position = vhd_queue_position(queue);
+    queue->shared->position = *position;
+    queue->started = queue->enabled = queue->look = false;
+    queue->shared->started = queue->shared->enabled = 0;
+    (void)vhd_queue_watch(device, queue); /* only takes it away */
+    pthread_mutex_lock(&device->lock);
+    vhd_handed_close(queue);
+    pthread_mutex_unlock(&device->lock);
+    queue->kick_fd = queue->call_fd = -1;
+}
+
+/* -- balloon ---------------------------------------------------------------------------------- */
+
+void vhd_balloon_configure(vhd_device *device, uint32_t flags)
+{
+    atomic_store_explicit(&device->balloon.flags, flags, memory_order_relaxed);
+}
+
+void vhd_balloon_reset(vhd_device *device)
+{
+    const struct vhd_table *table = table_of(device);
+
+    assert_parked(device);
+    for (uint32_t i = 0; i < table->count; i++)
+        vhd_mapping_forget_given_up(table->regions[i].mapping);
+    __atomic_store_n(&device->shared->balloon.inflated_pages, 0, __ATOMIC_RELAXED);
+}

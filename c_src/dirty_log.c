@@ -1,0 +1,66 @@
+/* dirty_log.c - the migration log of LOG_SHMFD: one bit per 4 KiB guest page, set atomically,
+ * because the VMM reads and clears it at the same time. Must not know who writes what. */
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "vhd.h"
+
+vhd_log *vhd_log_create(int fd, uint64_t size, uint64_t offset, int *error)
+{
+    struct stat status;
+    uint64_t page_size = VHD_GUEST_PAGE_SIZE;
+    struct vhd_log *log;
+
+    if (fstat(fd, &status) != 0) {
+        *error = -errno;
+        return NULL;
+    }
+    if (!S_ISREG(status.st_mode) || size == 0 || offset > INT64_MAX || size > INT64_MAX - offset ||
+        offset + size > (uint64_t)status.st_size) {
+        *error = -EINVAL;
+        return NULL;
+    }
+    log = calloc(1, sizeof *log);
+    if (log == NULL) {
+        *error = -ENOMEM;
+        return NULL;
+    }
+    uint64_t skip = offset % page_size;
+    log->map_size = size + skip;
+    log->map = mmap(NULL, log->map_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+                    (off_t)(offset - skip));
+    if (log->map == MAP_FAILED) {
+        *error = -errno;
+        free(log);
+        return NULL;
+    }
+    log->bits = (_Atomic uint8_t *)((uint8_t *)log->map + skip);
+    log->size = size;
+    return log;
+}
+
+void vhd_log_destroy(vhd_log *log)
+{
+    if (log == NULL)
+        return;
+    munmap(log->map, log->map_size);
+    free(log);
+}
+
+bool vhd_log_mark(struct vhd_log *log, uint64_t guest_addr, uint64_t size)
+{
+    if (size == 0)
+        return true;
+    uint64_t first = guest_addr / VHD_GUEST_PAGE_SIZE;
+    uint64_t last = size - 1 > UINT64_MAX - guest_addr ? UINT64_MAX / VHD_GUEST_PAGE_SIZE
+                                                       : (guest_addr + size - 1) /
+                                                             VHD_GUEST_PAGE_SIZE;
+    uint64_t pages = log->size * 8;
+    bool whole = last < pages;
+
+    for (uint64_t page = first; page <= last && page < pages; page++)
+        atomic_fetch_or_explicit(&log->bits[page / 8], (uint8_t)(1u << (page % 8)),
+                                 memory_order_release);
+    return whole;
+}

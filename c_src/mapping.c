@@ -1,0 +1,160 @@
+/* mapping.c - guest memory files, mapped whole and shared. Must not know what lies in them. */
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+
+#include "vhd.h"
+
+static size_t bitmap_size(uint64_t file_size)
+{
+    uint64_t pages = (file_size + VHD_GUEST_PAGE_SIZE - 1) / VHD_GUEST_PAGE_SIZE;
+
+    return (size_t)((pages + 63) / 64 * sizeof(uint64_t));
+}
+
+/* What kind of file it is; 0 or -errno. */
+static int inspect(int fd, struct vhd_mapping *mapping)
+{
+    struct stat status;
+    struct statfs filesystem;
+    int flags = fcntl(fd, F_GETFL);
+
+    if (flags < 0 || fstat(fd, &status) != 0)
+        return -errno;
+    if (flags & O_PATH || !S_ISREG(status.st_mode))
+        return -EINVAL;
+    if ((flags & O_ACCMODE) != O_RDWR)
+        return -EACCES;
+    if (status.st_size <= 0)
+        return -ENODATA;
+    if (fstatfs(fd, &filesystem) != 0)
+        return -errno;
+    mapping->size = (uint64_t)status.st_size;
+    mapping->page_size = VHD_GUEST_PAGE_SIZE;
+    if (filesystem.f_type == HUGETLBFS_MAGIC)
+        mapping->page_size = (uint64_t)filesystem.f_bsize;
+    /* An image on a disk's file system must never get a hole because of a balloon. */
+    mapping->discardable =
+        filesystem.f_type == TMPFS_MAGIC || filesystem.f_type == HUGETLBFS_MAGIC;
+    return 0;
+}
+
+static int map(struct vhd_mapping *mapping)
+{
+    mapping->host = mmap(NULL, mapping->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+                         mapping->fd, 0);
+    if (mapping->host == MAP_FAILED)
+        return -errno;
+    /* Guest memory has no place in our core dumps, nor in a child. Advice only. */
+    (void)madvise(mapping->host, mapping->size, MADV_DONTDUMP);
+    (void)madvise(mapping->host, mapping->size, MADV_DONTFORK);
+    mapping->given_up = mmap(NULL, bitmap_size(mapping->size), PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping->given_up == MAP_FAILED) {
+        int error = -errno;
+
+        munmap(mapping->host, mapping->size);
+        return error;
+    }
+    return 0;
+}
+
+vhd_mapping *vhd_mapping_create(int fd, int *error)
+{
+    struct vhd_mapping *mapping = calloc(1, sizeof *mapping);
+
+    if (mapping == NULL) {
+        *error = -ENOMEM;
+        return NULL;
+    }
+    mapping->fd = -1;
+    *error = inspect(fd, mapping);
+    if (*error == 0) {
+        mapping->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+        *error = mapping->fd < 0 ? -errno : map(mapping);
+    }
+    if (*error != 0) {
+        if (mapping->fd >= 0)
+            close(mapping->fd);
+        free(mapping);
+        return NULL;
+    }
+    return mapping;
+}
+
+void vhd_mapping_destroy(vhd_mapping *mapping)
+{
+    if (mapping == NULL)
+        return;
+    munmap(mapping->host, mapping->size);
+    munmap((void *)mapping->given_up, bitmap_size(mapping->size));
+    close(mapping->fd);
+    free(mapping);
+}
+
+uint64_t vhd_mapping_size(const vhd_mapping *mapping)
+{
+    return mapping->size;
+}
+
+uint64_t vhd_mapping_page_size(const vhd_mapping *mapping)
+{
+    return mapping->page_size;
+}
+
+int vhd_mapping_discardable(const vhd_mapping *mapping)
+{
+    return mapping->discardable;
+}
+
+uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping)
+{
+    return atomic_load_explicit(&mapping->given_up_pages, memory_order_relaxed);
+}
+
+bool vhd_mapping_give_up(vhd_mapping *mapping, uint64_t page, bool given_up)
+{
+    _Atomic uint64_t *word = &mapping->given_up[page / 64];
+    uint64_t bit = 1ull << (page % 64);
+    uint64_t old = atomic_load_explicit(word, memory_order_relaxed);
+
+    if (((old & bit) != 0) == given_up)
+        return false;
+    atomic_store_explicit(word, old ^ bit, memory_order_relaxed);
+    if (given_up)
+        atomic_fetch_add_explicit(&mapping->given_up_pages, 1, memory_order_relaxed);
+    else
+        atomic_fetch_sub_explicit(&mapping->given_up_pages, 1, memory_order_relaxed);
+    return true;
+}
+
+bool vhd_mapping_all_given_up(const vhd_mapping *mapping, uint64_t page, uint64_t count)
+{
+    for (uint64_t at = page; at < page + count; at++) {
+        uint64_t word = atomic_load_explicit(&mapping->given_up[at / 64], memory_order_relaxed);
+
+        if (at % 64 == 0 && at + 64 <= page + count) {
+            if (word != UINT64_MAX)
+                return false;
+            at += 63;
+        } else if (!(word & (1ull << (at % 64)))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void vhd_mapping_forget_given_up(vhd_mapping *mapping)
+{
+    if (vhd_mapping_given_up_pages(mapping) == 0)
+        return;
+    /* Private anonymous memory reads as zero after this. */
+    int rc = madvise((void *)mapping->given_up, bitmap_size(mapping->size), MADV_DONTNEED);
+    assert(rc == 0);
+    (void)rc;
+    atomic_store_explicit(&mapping->given_up_pages, 0, memory_order_relaxed);
+}

@@ -1,0 +1,261 @@
+/* queue.c - one turn of one ring: take chains, have them handled, give them back, interrupt.
+ *
+ * A guest's fault stops this ring until its next start and nothing else. Must not know layouts,
+ * nor what a handler does. */
+#include <poll.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "vhd.h"
+
+static void count(uint64_t *counter, uint64_t by)
+{
+    __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
+}
+
+/* Add 1 to an eventfd of the VMM without ever blocking: its counter may be full, and whether it
+ * blocks is the VMM's choice, since the setting is shared with it. */
+static bool signal_eventfd(int fd)
+{
+    struct pollfd writable = {.fd = fd, .events = POLLOUT};
+    uint64_t one = 1;
+
+    if (poll(&writable, 1, 0) != 1 || !(writable.revents & POLLOUT))
+        return false;
+    return write(fd, &one, sizeof one) == sizeof one;
+}
+
+void vhd_queue_call(struct vhd_queue *queue)
+{
+    if (!vhd_ring_should_call(&queue->ring) || queue->call_fd < 0)
+        return;
+    if (signal_eventfd(queue->call_fd))
+        count(&queue->shared->calls, 1);
+    else
+        count(&queue->shared->calls_dropped, 1);
+}
+
+void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written)
+{
+    vhd_ring_push(&queue->ring, id, slots, written);
+    count(&queue->shared->used, 1);
+}
+
+void vhd_queue_publish_position(struct vhd_queue *queue)
+{
+    queue->shared->position = vhd_queue_position(queue);
+}
+
+struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue)
+{
+    struct vhd_ring_position position = queue->ring.position;
+
+    if (queue->oldest != queue->popped) {
+        const struct vhd_handed_chain *oldest =
+            &queue->handed[queue->oldest % VHD_CONTROL_CHAINS_MAX];
+
+        position.next_avail = oldest->before.next_avail;
+        position.avail_wrap = oldest->before.avail_wrap;
+    }
+    return position;
+}
+
+/* -- the kick --------------------------------------------------------------------------------- */
+
+/* Edge-triggered and never read: each kick is a new edge, so that one system call a kick is saved,
+ * no read can block, and an eventfd that is always readable cannot keep us busy. */
+int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue)
+{
+    bool wanted = queue->started && queue->enabled && queue->kick_fd >= 0 &&
+                  queue->shared->fault == VHD_FAULT_NONE && device->worker != NULL;
+    int rc = 0;
+
+    if (wanted && !queue->watched)
+        rc = vhd_worker_watch(device->worker, queue->kick_fd, EPOLLIN | EPOLLET,
+                              VHD_SOURCE_KICK, device->slot, queue->index);
+    else if (!wanted && queue->watched)
+        vhd_worker_unwatch(device->worker, queue->kick_fd);
+    if (rc == 0)
+        queue->watched = wanted;
+    return rc;
+}
+
+static void quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault)
+{
+    queue->shared->fault = (uint8_t)fault;
+    count(&queue->shared->faults, 1);
+    queue->look = false;
+    (void)vhd_queue_watch(device, queue); /* only takes it away, which cannot fail */
+    if (queue->err_fd >= 0)
+        (void)signal_eventfd(queue->err_fd);
+    vhd_device_raise(device, VHD_EVENT_FAULT);
+}
+
+/* -- a turn ----------------------------------------------------------------------------------- */
+
+static bool is_control(const struct vhd_queue *queue)
+{
+    return queue->handler == VHD_HANDLER_CONTROL || queue->handler == VHD_HANDLER_CONTROL_BLOCKS;
+}
+
+/* Are a chain's descriptors buffers to read and write, or is their address itself the payload? */
+static bool has_data_ranges(const struct vhd_queue *queue)
+{
+    return queue->handler != VHD_HANDLER_REPORT && queue->handler != VHD_HANDLER_CONTROL_BLOCKS;
+}
+
+static int handle(struct vhd_device *device, struct vhd_queue *queue, const struct vhd_walk *walk)
+{
+    const struct vhd_table *table = &device->tables[device->table];
+
+    switch (queue->handler) {
+    case VHD_HANDLER_INFLATE:
+        return vhd_balloon_inflate(&device->balloon, table, walk);
+    case VHD_HANDLER_DEFLATE:
+        return vhd_balloon_deflate(&device->balloon, table, walk);
+    default:
+        assert(queue->handler == VHD_HANDLER_REPORT);
+        return vhd_balloon_report(&device->balloon, table, walk);
+    }
+}
+
+/* Take one chain and see it through. 1 done, 0 nothing (or no room), negative -(enum vhd_fault). */
+static int serve_one(struct vhd_device *device, struct vhd_queue *queue, struct vhd_walk *walk)
+{
+    struct vhd_ring_position before = queue->ring.position;
+    int rc;
+
+    if (is_control(queue) && vhd_handed_full(queue))
+        return 0;
+    rc = vhd_ring_pop(&queue->ring, walk, has_data_ranges(queue));
+    if (rc <= 0)
+        return rc;
+    count(&queue->shared->chains, 1);
+    if (is_control(queue))
+        return vhd_handed_put(device, queue, walk, before);
+    rc = handle(device, queue, walk);
+    if (rc < 0)
+        return rc;
+    if (rc == VHD_CHAIN_REJECTED)
+        count(&queue->shared->rejected, 1);
+    vhd_queue_give_back(queue, walk->id, walk->slots, 0);
+    vhd_queue_call(queue);
+    return 1;
+}
+
+struct turn {
+    struct vhd_device *device;
+    struct vhd_queue *queue;
+    struct vhd_walk *walk;
+    int fault;
+};
+
+static void take_turn(void *argument)
+{
+    struct turn *turn = argument;
+    struct vhd_queue *queue = turn->queue;
+
+    vhd_ring_kicks_off(&queue->ring);
+    for (uint32_t done = 0; done < VHD_CHAINS_PER_TURN; done++) {
+        int rc;
+
+        if (vhd_worker_wants_park(turn->device->worker))
+            return;
+        rc = serve_one(turn->device, queue, turn->walk);
+        if (rc < 0) {
+            turn->fault = -rc;
+            return;
+        }
+        /* Something may have come between the last look and kicks being on again. */
+        if (rc == 0 && (!vhd_ring_kicks_on(&queue->ring) ||
+                        (is_control(queue) && vhd_handed_full(queue)))) {
+            queue->look = false;
+            return;
+        }
+        if (rc == 0)
+            vhd_ring_kicks_off(&queue->ring);
+    }
+}
+
+static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, struct vhd_walk *walk)
+{
+    struct turn turn = {device, queue, walk, VHD_FAULT_NONE};
+    uint64_t errors = device->balloon.counters->discard_errors;
+
+    if (!queue->started || !queue->enabled || queue->handler == VHD_HANDLER_NONE ||
+        queue->shared->fault != VHD_FAULT_NONE) {
+        queue->look = false;
+        return;
+    }
+    count(&queue->shared->kicks, 1);
+    if (!vhd_sigbus_guard(take_turn, &turn))
+        turn.fault = VHD_FAULT_SIGBUS;
+    if (turn.fault != VHD_FAULT_NONE)
+        quarantine(device, queue, turn.fault);
+    vhd_queue_publish_position(queue);
+    if (device->balloon.counters->discard_errors != errors)
+        vhd_device_raise(device, VHD_EVENT_HOST_ERROR);
+}
+
+bool vhd_device_serve_rings(struct vhd_device *device, struct vhd_walk *walk)
+{
+    bool left = false;
+
+    for (uint32_t index = 0; index < device->queue_count; index++) {
+        struct vhd_queue *queue = &device->queues[index];
+
+        if (queue->look && !vhd_worker_wants_park(device->worker))
+            serve_queue(device, queue, walk);
+        left |= queue->look;
+    }
+    return left;
+}
+
+/* -- completions from Python ------------------------------------------------------------------ */
+
+struct delivery {
+    struct vhd_device *device;
+    struct vhd_queue *queue;
+    int fault;
+};
+
+static void deliver(void *argument)
+{
+    struct delivery *delivery = argument;
+    bool any = false;
+
+    for (;;) {
+        int rc = vhd_handed_deliver_one(delivery->device, delivery->queue);
+
+        if (rc == 0)
+            break;
+        if (rc < 0) {
+            delivery->fault = -rc;
+            return;
+        }
+        any = true;
+    }
+    if (any) {
+        vhd_queue_call(delivery->queue);
+        delivery->queue->look = true; /* there is room again */
+    }
+}
+
+void vhd_device_serve_mail(struct vhd_device *device)
+{
+    if (!atomic_exchange(&device->mail, false))
+        return;
+    for (uint32_t index = 0; index < device->queue_count; index++) {
+        struct vhd_queue *queue = &device->queues[index];
+        struct delivery delivery = {device, queue, VHD_FAULT_NONE};
+
+        if (!queue->started || queue->handed == NULL || queue->shared->fault != VHD_FAULT_NONE)
+            continue;
+        if (!vhd_sigbus_guard(deliver, &delivery))
+            delivery.fault = VHD_FAULT_SIGBUS;
+        if (delivery.fault != VHD_FAULT_NONE)
+            quarantine(device, queue, delivery.fault);
+        vhd_queue_publish_position(queue);
+    }
+}

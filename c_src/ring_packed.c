@@ -1,0 +1,144 @@
+/* ring_packed.c - packed virtqueues (virtio 1.x, 2.8).
+ *
+ *   descriptor: le64 addr, le32 len, le16 id, le16 flags
+ *   driver and device event suppression: le16 off_wrap, le16 flags
+ */
+#include "barrier.h"
+#include "vhd.h"
+
+enum { DESC_AVAIL = 1 << 7, DESC_USED = 1 << 15 };
+enum { EVENTS_ENABLE = 0, EVENTS_DISABLE = 1, EVENTS_DESC = 2 };
+
+static uint8_t *descriptor_at(const struct vhd_ring *ring, uint16_t index)
+{
+    return ring->desc + (size_t)index * VHD_DESC_SIZE;
+}
+
+static bool flags_available(uint16_t flags, uint8_t wrap)
+{
+    bool avail = flags & DESC_AVAIL;
+    bool used = flags & DESC_USED;
+
+    return avail == (wrap != 0) && used != (wrap != 0);
+}
+
+static bool next_is_available(const struct vhd_ring *ring)
+{
+    uint16_t flags = vhd_load16(descriptor_at(ring, ring->position.next_avail) + 14);
+
+    return flags_available(flags, ring->position.avail_wrap);
+}
+
+static void advance(const struct vhd_ring *ring, uint16_t *index, uint8_t *wrap, uint16_t slots)
+{
+    uint32_t next = (uint32_t)*index + slots;
+
+    if (next >= ring->size) {
+        next -= ring->size;
+        *wrap ^= 1;
+    }
+    *index = (uint16_t)next;
+}
+
+int vhd_packed_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)
+{
+    uint16_t index = ring->position.next_avail;
+    uint8_t wrap = ring->position.avail_wrap;
+    uint16_t slots = 0;
+    struct vhd_descriptor descriptor;
+
+    if (!next_is_available(ring))
+        return 0;
+    vhd_fence_after_avail();
+    do {
+        const uint8_t *at = descriptor_at(ring, index);
+        uint64_t tail = vhd_load64(at + 8); /* len, id and flags in one load */
+        int rc;
+
+        if (slots == ring->size)
+            return -VHD_FAULT_LOOP;
+        descriptor.addr = vhd_load64(at);
+        descriptor.size = (uint32_t)tail;
+        descriptor.next = (uint16_t)(tail >> 32);
+        descriptor.flags = (uint16_t)(tail >> 48);
+        rc = descriptor.flags & VHD_DESC_INDIRECT
+                 ? vhd_walk_add_indirect(walk, ring, &descriptor, data_ranges)
+                 : vhd_walk_add(walk, ring, &descriptor, data_ranges);
+        if (rc != 0)
+            return rc;
+        advance(ring, &index, &wrap, 1);
+        slots++;
+    } while (descriptor.flags & VHD_DESC_NEXT);
+    /* The id of a chain stands in its last descriptor (2.8.6). */
+    if (descriptor.next >= ring->size)
+        return -VHD_FAULT_PACKED_ID;
+    if (vhd_ring_holds(ring, descriptor.next))
+        return -VHD_FAULT_DUPLICATE;
+    walk->id = descriptor.next;
+    walk->slots = slots;
+    ring->position.next_avail = index;
+    ring->position.avail_wrap = wrap;
+    return 1;
+}
+
+void vhd_packed_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written)
+{
+    uint8_t *at = descriptor_at(ring, ring->position.next_used);
+    uint16_t flags = ring->position.used_wrap ? DESC_AVAIL | DESC_USED : 0;
+
+    if (written != 0)
+        flags |= VHD_DESC_WRITE;
+    vhd_store32(at + 8, written);
+    vhd_store16(at + 12, id);
+    vhd_fence_before_used();
+    vhd_store16(at + 14, flags);
+    /* The used part of a packed ring is its descriptor ring (vhost-user, "Migration"). */
+    vhd_ring_log_used(ring, (uint64_t)(at - ring->desc), VHD_DESC_SIZE);
+    advance(ring, &ring->position.next_used, &ring->position.used_wrap, slots);
+}
+
+bool vhd_packed_should_call(struct vhd_ring *ring)
+{
+    uint16_t now = ring->position.next_used;
+    uint16_t before = ring->signalled_used;
+    bool valid = ring->signalled_valid;
+    uint32_t both;
+    uint16_t flags, off_wrap, event;
+
+    vhd_fence_store_load();
+    both = vhd_load32(ring->avail); /* off_wrap and flags belong together: one load */
+    off_wrap = (uint16_t)both;
+    flags = (uint16_t)(both >> 16);
+    ring->signalled_used = now;
+    ring->signalled_valid = true;
+    if (flags == EVENTS_DISABLE)
+        return false;
+    if (flags != EVENTS_DESC || !(ring->features & VHD_RING_EVENT_IDX) || !valid)
+        return true;
+    event = off_wrap & 0x7fff;
+    if ((off_wrap >> 15) != ring->position.used_wrap)
+        event = (uint16_t)(event - ring->size);
+    if (now <= before)
+        before = (uint16_t)(before - ring->size);
+    return (uint16_t)(now - event - 1) < (uint16_t)(now - before);
+}
+
+void vhd_packed_kicks_off(struct vhd_ring *ring)
+{
+    vhd_store16(ring->used + 2, EVENTS_DISABLE);
+}
+
+bool vhd_packed_kicks_on(struct vhd_ring *ring)
+{
+    if (ring->features & VHD_RING_EVENT_IDX) {
+        uint16_t wrap = ring->position.avail_wrap ? 1u << 15 : 0;
+
+        vhd_store16(ring->used, ring->position.next_avail | wrap);
+        vhd_fence_before_used(); /* off_wrap before the flags that give it meaning */
+        vhd_store16(ring->used + 2, EVENTS_DESC);
+    } else {
+        vhd_store16(ring->used + 2, EVENTS_ENABLE);
+    }
+    vhd_fence_store_load();
+    return next_is_available(ring);
+}

@@ -1,0 +1,307 @@
+/* vhd.h - what the C files share. Not seen by Python.
+ *
+ * Rooms, in the order a kick passes through them:
+ *   worker.c         the thread: epoll and parking. Knows no ring layout and no device.
+ *   socket.c         GET_CONFIG and SET_CONFIG answered in place. Knows no other message.
+ *   device.c         one connection's queues, config bytes and events: their life.
+ *   queue.c          one turn of one ring, fairness, quarantine.   handed.c  chains through Python.
+ *   ring.c           starting, stopping and the choice of layout; ring_split.c, ring_packed.c the
+ *                    two layouts; chain.c the descriptor walk both share.
+ *   guest_mem.c      guest range -> host pointer, checked; mapping.c the mapped files.
+ *   balloon.c        inflate, deflate, report: page numbers -> runs -> discards.
+ *   discard.c        the one place that punches holes.
+ *   dirty_log.c      the migration log.   sigbus.c   survives a truncated memory file.
+ *
+ * Rules: guest memory is read once into a local with the loads of barrier.h, then checked, then
+ * used. No allocation on the ring path. Nothing here trusts a byte that came from a ring.
+ */
+#ifndef VHD_H
+#define VHD_H
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "vhd_api.h"
+
+#define VHD_GUEST_PAGE_SIZE 4096u /* unit of balloon page numbers and of the dirty log */
+
+/* -- mapping.c, guest_mem.c ------------------------------------------------------------------- */
+
+struct vhd_mapping {
+    int fd;
+    uint8_t *host;
+    uint64_t size;               /* of the file when it was mapped */
+    uint64_t page_size;          /* host page of this file */
+    bool discardable;
+    _Atomic uint64_t *given_up;  /* bitmap, one bit per 4 KiB of the file; worker writes it */
+    _Atomic uint64_t given_up_pages;
+};
+
+/* Mark a 4 KiB page of the file as given up, or not; false when it was so before. Worker only. */
+bool vhd_mapping_give_up(vhd_mapping *mapping, uint64_t page, bool given_up);
+bool vhd_mapping_all_given_up(const vhd_mapping *mapping, uint64_t page, uint64_t count);
+void vhd_mapping_forget_given_up(vhd_mapping *mapping);
+
+/* Sorted by guest_addr, no overlaps; both are checked when the table is set. */
+struct vhd_table {
+    uint32_t count;
+    struct vhd_region regions[VHD_REGIONS_MAX];
+};
+
+/* -EINVAL: wraps, overlaps, empty, or outside its mapping. Sorts regions. */
+int vhd_table_init(struct vhd_table *table, const struct vhd_region *regions, uint32_t count);
+/* The region that holds guest_addr, or NULL. */
+const struct vhd_region *vhd_table_find(const struct vhd_table *table, uint64_t guest_addr);
+/* Host pointer to a range inside ONE region, or NULL. */
+void *vhd_table_contiguous(const struct vhd_table *table, uint64_t guest_addr, uint64_t size);
+/* True when every byte of the range is guest memory, across region borders. */
+bool vhd_table_covers(const struct vhd_table *table, uint64_t guest_addr, uint64_t size);
+/* Copy across region borders. 0 or -EFAULT (then nothing useful was copied). */
+int vhd_table_read(const struct vhd_table *table, uint64_t guest_addr, void *bytes, size_t size);
+int vhd_table_write(const struct vhd_table *table, uint64_t guest_addr, const void *bytes,
+                    size_t size);
+
+/* -- dirty_log.c ------------------------------------------------------------------------------ */
+
+struct vhd_log {
+    _Atomic uint8_t *bits;
+    uint64_t size;               /* bytes of log */
+    void *map;
+    size_t map_size;
+};
+
+/* Mark every page of the range; pages beyond the log are ignored and reported by false. */
+bool vhd_log_mark(struct vhd_log *log, uint64_t guest_addr, uint64_t size);
+
+/* -- ring.c, ring_split.c, ring_packed.c, chain.c --------------------------------------------- */
+
+struct vhd_segment {
+    uint64_t guest_addr;
+    uint32_t size;
+};
+
+struct vhd_ring;
+
+/* One chain, copied out of guest memory: readable segments first, then writable ones. */
+struct vhd_walk {
+    uint16_t id;                 /* split: head index; packed: buffer id */
+    uint16_t slots;              /* packed: descriptors of the ring used up; split: 1 */
+    uint16_t readable_count;
+    uint16_t writable_count;
+    uint64_t readable_size;
+    uint64_t writable_size;
+    struct vhd_segment segments[VHD_CHAIN_SEGMENTS_MAX];
+    uint8_t indirect[VHD_CHAIN_SEGMENTS_MAX * 16]; /* private copy of an indirect table */
+};
+
+struct vhd_ring {
+    uint32_t size;
+    uint32_t features;           /* VHD_RING_ bits */
+    uint64_t desc_addr, avail_addr, used_addr, log_addr;
+    uint8_t *desc, *avail, *used;    /* host addresses, each inside one region */
+    struct vhd_ring_position position; /* where the next pop and the next push happen */
+    uint16_t signalled_used;     /* split event index: used index at the last call decision */
+    bool signalled_valid;
+    const struct vhd_table *table;
+    struct vhd_log *log;         /* NULL = not logging */
+    uint64_t in_flight[VHD_QUEUE_SIZE_MAX / 64]; /* heads or ids taken and not given back */
+    uint32_t in_flight_count;
+};
+
+/* A descriptor after it was read once; next is the buffer id in a packed ring. */
+struct vhd_descriptor {
+    uint64_t addr;
+    uint32_t size;
+    uint16_t flags;
+    uint16_t next;
+};
+
+enum { VHD_DESC_NEXT = 1, VHD_DESC_WRITE = 2, VHD_DESC_INDIRECT = 4 };
+enum { VHD_DESC_SIZE = 16 };
+
+/* chain.c: begin an empty walk; add one descriptor, or the indirect table one points to. 0 or
+ * -(enum vhd_fault). */
+void vhd_walk_begin(struct vhd_walk *walk);
+int vhd_walk_add(struct vhd_walk *walk, const struct vhd_ring *ring,
+                 const struct vhd_descriptor *descriptor, bool data_ranges);
+int vhd_walk_add_indirect(struct vhd_walk *walk, const struct vhd_ring *ring,
+                          const struct vhd_descriptor *descriptor, bool data_ranges);
+
+static inline bool vhd_ring_holds(const struct vhd_ring *ring, uint16_t id)
+{
+    return (ring->in_flight[id / 64] >> (id % 64)) & 1;
+}
+
+/* The two layouts behind the functions below. */
+int vhd_split_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges);
+void vhd_split_push(struct vhd_ring *ring, uint16_t id, uint32_t written);
+bool vhd_split_should_call(struct vhd_ring *ring);
+void vhd_split_kicks_off(struct vhd_ring *ring);
+bool vhd_split_kicks_on(struct vhd_ring *ring);
+int vhd_packed_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges);
+void vhd_packed_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written);
+bool vhd_packed_should_call(struct vhd_ring *ring);
+void vhd_packed_kicks_off(struct vhd_ring *ring);
+bool vhd_packed_kicks_on(struct vhd_ring *ring);
+
+/* Mark bytes of the used part in the dirty log, when the VMM asked for it. */
+void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size);
+
+/* Check sizes, alignment, overlap; translate. -EINVAL, -EFAULT as vhd_ring_start(). Split rings take
+ * position.next_used from used.idx in guest memory. */
+int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
+                  const struct vhd_ring_setup *setup);
+/* Translate the three parts again after the table changed. -EFAULT leaves the ring unchanged. */
+int vhd_ring_translate(struct vhd_ring *ring, const struct vhd_table *table);
+/* 1: walk holds the next chain; 0: nothing available; negative: -(enum vhd_fault), ring unchanged
+ * and must be quarantined. data_ranges: segments are payload that will be read or written, so each
+ * must lie in guest memory (VHD_FAULT_ADDRESS); false for queues whose descriptors ARE the payload
+ * (reporting, hinting): those ranges are checked by the device. */
+int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges);
+/* Give a chain back with `written` bytes used. Marks the dirty log. */
+void vhd_ring_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written);
+/* After pushes: must the driver be interrupted? Evaluates flags or the event index, once. */
+bool vhd_ring_should_call(struct vhd_ring *ring);
+/* Tell the driver whether kicks are wanted. Turning them on returns true when something became
+ * available meanwhile (the classic race), so the caller must look again. */
+void vhd_ring_kicks_off(struct vhd_ring *ring);
+bool vhd_ring_kicks_on(struct vhd_ring *ring);
+
+/* -- sigbus.c --------------------------------------------------------------------------------- */
+
+/* Runs body(argument) so that SIGBUS inside it returns false instead of killing the process.
+ * Worker thread only; not nested. Installs the handler once per process. */
+bool vhd_sigbus_guard(void (*body)(void *argument), void *argument);
+
+/* -- discard.c -------------------------------------------------------------------------------- */
+
+/* Punch [offset, offset+size) of the mapping's file; page aligned by the caller, asserted. */
+int vhd_discard(const struct vhd_mapping *mapping, uint64_t offset, uint64_t size);
+
+/* -- balloon.c -------------------------------------------------------------------------------- */
+
+struct vhd_balloon {
+    _Atomic uint32_t flags;      /* VHD_BALLOON_ bits */
+    struct vhd_balloon_counters *counters;
+    struct vhd_log *log;         /* discards are writes for a migration; NULL = not logging */
+};
+
+enum { VHD_CHAIN_REJECTED = 1 };
+
+/* Each handles one chain and returns 0, VHD_CHAIN_REJECTED (its shape is wrong, it is given back
+ * unused) or -(enum vhd_fault). Discards are complete on return. */
+int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *table,
+                        const struct vhd_walk *walk);
+int vhd_balloon_deflate(struct vhd_balloon *balloon, const struct vhd_table *table,
+                        const struct vhd_walk *walk);
+int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *table,
+                       const struct vhd_walk *walk);
+
+/* -- device.c, socket.c, worker.c -------------------------------------------------------------- */
+
+enum {
+    VHD_DEVICES_MAX = 64,             /* of one worker */
+    VHD_CONTROL_CHAINS_MAX = 64,      /* handed to Python and not completed, of one queue */
+    VHD_CONTROL_WRITABLE_MAX = 256,   /* bytes Python may write into a chain */
+    VHD_CHAINS_PER_TURN = 64          /* of one ring before the others get their turn */
+};
+
+/* A chain on its way through Python. */
+struct vhd_handed_chain {
+    struct vhd_chain chain;
+    struct vhd_ring_position before;  /* of the ring when the chain was popped */
+    uint16_t id;
+    uint16_t slots;
+    uint16_t segment_count;           /* writable ones, enough for VHD_CONTROL_WRITABLE_MAX bytes */
+    bool completed;
+    uint32_t answer_size;
+    struct vhd_segment segments[VHD_CONTROL_WRITABLE_MAX];
+    uint8_t answer[VHD_CONTROL_WRITABLE_MAX];
+    uint8_t bytes[VHD_CONTROL_READABLE_MAX];
+};
+
+struct vhd_queue {
+    struct vhd_ring ring;
+    uint32_t index;
+    uint32_t handler;
+    bool started;
+    bool enabled;
+    bool watched;                     /* its kick is in the worker's epoll */
+    bool look;                        /* something may be available */
+    int kick_fd, call_fd, err_fd;
+    struct vhd_ring_shared *shared;
+    /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows. Counted by token;
+     * guarded by the device's lock, but the worker alone writes an entry before it is popped. */
+    struct vhd_handed_chain *handed;
+    uint32_t oldest, taken, popped;
+};
+
+struct vhd_device {
+    struct vhd_worker *worker;        /* NULL = detached */
+    uint32_t slot;                    /* in the worker */
+    uint32_t queue_count;
+    struct vhd_queue queues[VHD_QUEUES_MAX];
+    struct vhd_table tables[2];
+    uint32_t table;                   /* which of them is in force */
+    struct vhd_shared *shared;
+    int shared_fd;
+    _Atomic uint32_t events;
+    _Atomic bool mail;                /* completions wait for the worker */
+    pthread_mutex_t lock;             /* config bytes and handed chains; never held over guest memory */
+    uint8_t config_writable[VHD_CONFIG_SIZE_MAX];
+    struct vhd_balloon balloon;
+    struct vhd_log *log;
+    int socket_fd;
+    _Atomic bool socket_watched;
+    _Atomic bool socket_hot, socket_reply_ack;
+    uint8_t reply[12 + 12 + VHD_CONFIG_SIZE_MAX];
+    uint32_t reply_size, reply_sent;
+};
+
+enum { VHD_SOURCE_COMMAND, VHD_SOURCE_SOCKET, VHD_SOURCE_KICK };
+
+/* worker.c: watch fd for `events`; -errno. */
+int vhd_worker_watch(struct vhd_worker *worker, int fd, uint32_t events, uint32_t source,
+                     uint32_t slot, uint32_t queue);
+void vhd_worker_rewatch(struct vhd_worker *worker, int fd, uint32_t events, uint32_t source,
+                        uint32_t slot, uint32_t queue);
+void vhd_worker_unwatch(struct vhd_worker *worker, int fd);
+void vhd_worker_wake(struct vhd_worker *worker);
+bool vhd_worker_wants_park(const struct vhd_worker *worker);
+/* Tell Python that a device has events. */
+void vhd_worker_notify(struct vhd_worker *worker);
+int vhd_worker_add(struct vhd_worker *worker, struct vhd_device *device);
+void vhd_worker_remove(struct vhd_worker *worker, struct vhd_device *device);
+
+/* device.c, called by the worker. */
+void vhd_device_raise(struct vhd_device *device, uint32_t event);
+void vhd_device_serve_mail(struct vhd_device *device);
+/* Serve what is available, bounded; true when something is left. */
+bool vhd_device_serve_rings(struct vhd_device *device, struct vhd_walk *walk);
+
+/* queue.c */
+int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue);
+void vhd_queue_call(struct vhd_queue *queue);
+void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written);
+struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue);
+void vhd_queue_publish_position(struct vhd_queue *queue);
+
+/* handed.c: room for another chain; put one (1, or -(enum vhd_fault)); give back the oldest if it
+ * is completed (1, 0, or -(enum vhd_fault)). */
+int vhd_handed_open(struct vhd_queue *queue);
+void vhd_handed_close(struct vhd_queue *queue);
+bool vhd_handed_full(const struct vhd_queue *queue);
+int vhd_handed_put(struct vhd_device *device, struct vhd_queue *queue, const struct vhd_walk *walk,
+                   struct vhd_ring_position before);
+int vhd_handed_deliver_one(struct vhd_device *device, struct vhd_queue *queue);
+
+/* socket.c, called by the worker when the socket has something. */
+void vhd_socket_serve(struct vhd_device *device, uint32_t events);
+
+#endif

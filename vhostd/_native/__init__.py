@@ -1,0 +1,39 @@
+"""NATIVE. The only package that sees cffi: typed doors to c_src/.
+
+Promise: every call is one call of c_src/vhd_api.h, with its types and its errors as OSError. Must
+not know messages or device logic.
+"""
+
+from vhostd._native.device import Device
+from vhostd._native.memory import Log, Mapping, Region
+from vhostd._native.values import (
+    BalloonCounters,
+    BalloonFlag,
+    Chain,
+    Event,
+    Fault,
+    Handler,
+    RingFeature,
+    RingPosition,
+    RingSetup,
+    RingStatistics,
+)
+from vhostd._native.worker import Worker
+
+__all__ = [
+    "BalloonCounters",
+    "BalloonFlag",
+    "Chain",
+    "Device",
+    "Event",
+    "Fault",
+    "Handler",
+    "Log",
+    "Mapping",
+    "Region",
+    "RingFeature",
+    "RingPosition",
+    "RingSetup",
+    "RingStatistics",
+    "Worker",
+]

@@ -1,0 +1,44 @@
+"""Compiles c_src/ into vhostd._native._core; the cdef is c_src/vhd_api.h itself, to the letter.
+
+Run by setuptools through pyproject.toml. VHOSTD_SANITIZE=address,undefined adds the sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import cffi
+from setuptools.command.build_ext import build_ext
+
+C_SOURCE: Final = Path("c_src")
+MODULE: Final = "vhostd._native._core"
+
+
+class BuildExt(build_ext):
+    """Generates the extension's C file before it is compiled with the core."""
+
+    def run(self) -> None:
+        """Generate, then compile."""
+        generated = Path("vhostd/_native/_core.c")
+        ffi = cffi.FFI()
+        ffi.cdef((C_SOURCE / "vhd_api.h").read_text())
+        ffi.set_source(MODULE, '#include "vhd.h"\n')
+        ffi.emit_c_code(str(generated))
+        for extension in self.extensions:
+            if extension.name == MODULE:
+                headers = sorted(map(str, C_SOURCE.glob("*.h")))
+                sources = sorted(map(str, C_SOURCE.glob("*.c")))
+                extension.sources = [str(generated), *sources]
+                extension.depends = headers
+                self._sanitize(extension.extra_compile_args, extension.extra_link_args)
+        super().run()
+
+    @staticmethod
+    def _sanitize(compile_args: list[str], link_args: list[str]) -> None:
+        wanted = os.environ.get("VHOSTD_SANITIZE", "")
+        if wanted:
+            flag = f"-fsanitize={wanted}"
+            compile_args += [flag, "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"]
+            link_args.append(flag)

@@ -1,0 +1,244 @@
+"""One connection's queues and config space, as the worker serves them.
+
+Methods marked "parked" may be called only while the device's worker is parked (asserted in C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from vhostd._native._core import ffi, lib
+from vhostd._native.failure import check
+from vhostd._native.memory import Log, Region
+from vhostd._native.values import (
+    BalloonCounters,
+    BalloonFlag,
+    Chain,
+    Event,
+    Fault,
+    Handler,
+    RingPosition,
+    RingSetup,
+    RingStatistics,
+)
+from vhostd._native.worker import Worker
+
+
+class Device:
+    """Queues, config bytes and counters.
+
+    Args:
+        queue_count: at most 8.
+        config_size: bytes, at most 256.
+        config_writable: config_size bytes, a 1 bit for each bit the guest may write.
+
+    Raises:
+        OSError: no memory or descriptor for it.
+    """
+
+    def __init__(self, queue_count: int, config_size: int, config_writable: bytes) -> None:
+        if len(config_writable) != config_size:
+            raise ValueError("config_writable must have a byte for each of the config space")
+        error = ffi.new("int *")
+        self._handle: Any = lib.vhd_device_create(queue_count, config_size, config_writable, error)
+        if not self._handle:
+            check(error[0], "device")
+        self._shared: Any = lib.vhd_device_shared(self._handle)
+        self._config_size = config_size
+        self._regions: list[Region] = []
+        self._bytes: Any = ffi.new("uint8_t[]", lib.VHD_CONTROL_READABLE_MAX)
+
+    def close(self) -> None:
+        """Free it; it must be detached. Twice is fine."""
+        handle, self._handle = self._handle, ffi.NULL
+        self._shared = ffi.NULL
+        lib.vhd_device_destroy(handle)
+
+    def attach(self, worker: Worker) -> None:
+        """Let the worker serve it. Parked.
+
+        Raises:
+            OSError: ENOSPC, the worker has 64 devices.
+        """
+        check(lib.vhd_device_attach(self._handle, worker.handle), "attach device")
+
+    def detach(self) -> None:
+        """Stop its rings and take it from the worker. Parked."""
+        lib.vhd_device_detach(self._handle)
+
+    def take_events(self) -> Event:
+        """What happened since the last call."""
+        return Event(lib.vhd_device_take_events(self._handle))
+
+    @property
+    def shared_fd(self) -> int:
+        """The memfd behind counters, config bytes and ring positions; stays ours."""
+        fd: int = lib.vhd_device_shared_fd(self._handle)
+        return fd
+
+    # -- socket and config space ---------------------------------------------------------------
+
+    def set_socket(self, fd: int) -> None:
+        """The connection, which Python owns at first; it stays the caller's. Parked."""
+        lib.vhd_socket_set(self._handle, fd)
+
+    def arm_socket(self) -> None:
+        """Hand the socket to the worker, until Event.SOCKET hands it back."""
+        check(lib.vhd_socket_arm(self._handle), "watch socket")
+
+    def configure_socket(self, hot: bool, reply_ack: bool) -> None:
+        """hot: the worker answers config requests. reply_ack: it acknowledges them when asked."""
+        lib.vhd_socket_configure(self._handle, hot, reply_ack)
+
+    def publish_config(self, offset: int, data: bytes) -> None:
+        """Change bytes of the config space."""
+        lib.vhd_config_publish(self._handle, offset, data, len(data))
+
+    def read_config(self) -> bytes:
+        """The whole config space."""
+        content = ffi.new("uint8_t[]", self._config_size)
+        lib.vhd_config_read(self._handle, content, self._config_size)
+        return bytes(ffi.buffer(content))
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def set_regions(self, regions: Sequence[Region]) -> None:
+        """Replace the memory table. Parked.
+
+        Raises:
+            OSError: EINVAL regions overlap or leave their file; EFAULT a started ring would lie
+                outside. The old table stays.
+        """
+        table = ffi.new("struct vhd_region[]", len(regions))
+        for slot, region in zip(table, regions, strict=True):
+            slot.guest_addr = region.guest_addr
+            slot.size = region.size
+            slot.file_offset = region.file_offset
+            slot.mapping = region.mapping.handle
+        check(lib.vhd_device_set_regions(self._handle, table, len(regions)), "memory table")
+        self._regions = list(regions)  # keeps the mappings alive as long as C points to them
+
+    def set_log(self, log: Log | None, log_all: bool) -> None:
+        """Use a dirty log; log_all: also for what the device itself writes. Parked."""
+        lib.vhd_device_set_log(self._handle, ffi.NULL if log is None else log.handle, log_all)
+
+    # -- rings ---------------------------------------------------------------------------------
+
+    def start_ring(self, index: int, setup: RingSetup) -> None:
+        """Start a stopped ring, disabled. Parked.
+
+        Raises:
+            OSError: EINVAL its size is not legal; EFAULT a part is misaligned, overlaps another
+                or does not lie in one region; ENOMEM.
+        """
+        position = setup.position
+        raw = ffi.new(
+            "struct vhd_ring_setup *",
+            {
+                "size": setup.size,
+                "features": int(setup.features),
+                "desc_addr": setup.desc_addr,
+                "avail_addr": setup.avail_addr,
+                "used_addr": setup.used_addr,
+                "log_addr": setup.log_addr,
+                "position": {
+                    "next_avail": position.next_avail,
+                    "next_used": position.next_used,
+                    "avail_wrap": position.avail_wrap,
+                    "used_wrap": position.used_wrap,
+                },
+                "handler": setup.handler.value,
+                "kick_fd": setup.kick_fd,
+                "call_fd": setup.call_fd,
+                "err_fd": setup.err_fd,
+            },
+        )
+        check(lib.vhd_ring_start(self._handle, index, raw), f"ring {index}")
+
+    def enable_ring(self, index: int, enabled: bool) -> None:
+        """Serve a started ring, or not; it is looked at once without a kick. Parked."""
+        lib.vhd_ring_enable(self._handle, index, enabled)
+
+    def set_handler(self, index: int, handler: Handler) -> None:
+        """Who serves a ring. Parked."""
+        lib.vhd_ring_set_handler(self._handle, index, handler.value)
+
+    def set_call(self, index: int, fd: int) -> None:
+        """The eventfd for used notifications, borrowed; -1 = none. Parked."""
+        lib.vhd_ring_set_call(self._handle, index, fd)
+
+    def set_err(self, index: int, fd: int) -> None:
+        """The eventfd for a broken ring, borrowed; -1 = none. Parked."""
+        lib.vhd_ring_set_err(self._handle, index, fd)
+
+    def stop_ring(self, index: int) -> RingPosition:
+        """Stop a ring; chains not completed come again where it stands now. Parked."""
+        position = ffi.new("struct vhd_ring_position *")
+        lib.vhd_ring_stop(self._handle, index, position)
+        return _position(position)
+
+    def take_chain(self, index: int) -> Chain | None:
+        """The next chain of a control queue, if there is one."""
+        chain = ffi.new("struct vhd_chain *")
+        if not lib.vhd_chain_take(self._handle, index, chain, self._bytes):
+            return None
+        return Chain(
+            token=chain.token,
+            data=bytes(ffi.buffer(self._bytes, chain.copied_size)),
+            readable_size=chain.readable_size,
+            writable_count=chain.writable_count,
+            writable_size=chain.writable_size,
+            writable_addr=chain.writable_addr,
+        )
+
+    def complete_chain(self, index: int, token: int, data: bytes = b"") -> None:
+        """Give a chain back with data in its writable part; in the order chains were taken.
+
+        Raises:
+            OSError: ESTALE the ring was stopped since, or it was completed before; EINVAL more
+                than 256 bytes.
+        """
+        result = lib.vhd_chain_complete(self._handle, index, token, data, len(data))
+        check(result, f"chain of queue {index}")
+
+    # -- balloon and counters ------------------------------------------------------------------
+
+    def balloon_configure(self, flags: BalloonFlag) -> None:
+        """How pages are treated from now on."""
+        lib.vhd_balloon_configure(self._handle, int(flags))
+
+    def balloon_reset(self) -> None:
+        """Nothing is in the balloon any more. Parked."""
+        lib.vhd_balloon_reset(self._handle)
+
+    def balloon_counters(self) -> BalloonCounters:
+        """What the data plane counted so far."""
+        raw = self._shared.balloon
+        return BalloonCounters(*(getattr(raw, field.name) for field in fields(BalloonCounters)))
+
+    def config_counters(self) -> tuple[int, int]:
+        """Config reads and writes the worker answered."""
+        return self._shared.config_reads, self._shared.config_writes
+
+    def ring_statistics(self, index: int) -> RingStatistics:
+        """Where a ring stands and what it counted."""
+        raw = self._shared.rings[index]
+        return RingStatistics(
+            position=_position(raw.position),
+            started=bool(raw.started),
+            enabled=bool(raw.enabled),
+            fault=Fault(raw.fault),
+            kicks=raw.kicks,
+            chains=raw.chains,
+            used=raw.used,
+            calls=raw.calls,
+            calls_dropped=raw.calls_dropped,
+            faults=raw.faults,
+            rejected=raw.rejected,
+        )
+
+
+def _position(raw: Any) -> RingPosition:  # noqa: ANN401  # a cffi struct has no better type
+    return RingPosition(raw.next_avail, raw.next_used, raw.avail_wrap, raw.used_wrap)

@@ -1,0 +1,67 @@
+"""Guest memory files and the dirty log, mapped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vhostd._native._core import ffi, lib
+from vhostd._native.failure import check
+
+
+class Mapping:
+    """A guest memory file, mapped whole and shared.
+
+    Raises:
+        OSError: EINVAL no regular file, ENODATA an empty one, EACCES not open for reading and
+            writing, or what fstat(2) and mmap(2) say. Blocks as long as the file system likes.
+    """
+
+    def __init__(self, fd: int) -> None:
+        error = ffi.new("int *")
+        self.handle: Any = lib.vhd_mapping_create(fd, error)
+        if not self.handle:
+            check(error[0], "guest memory")
+        self.size: int = lib.vhd_mapping_size(self.handle)
+        self.page_size: int = lib.vhd_mapping_page_size(self.handle)
+        self.discardable = bool(lib.vhd_mapping_discardable(self.handle))
+
+    @property
+    def given_up_pages(self) -> int:
+        """4 KiB pages of the file that are in the balloon."""
+        pages: int = lib.vhd_mapping_given_up_pages(self.handle)
+        return pages
+
+    def close(self) -> None:
+        """Unmap it; no device may have it in its memory table. Twice is fine."""
+        handle, self.handle = self.handle, ffi.NULL
+        lib.vhd_mapping_destroy(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A slot of guest memory; all numbers in bytes."""
+
+    guest_addr: int
+    size: int
+    file_offset: int
+    mapping: Mapping
+
+
+class Log:
+    """A dirty log, mapped: size bytes at offset of its file, one bit for 4 KiB of guest memory.
+
+    Raises:
+        OSError: EINVAL the file is no regular one or shorter, or what mmap(2) says.
+    """
+
+    def __init__(self, fd: int, size: int, offset: int) -> None:
+        error = ffi.new("int *")
+        self.handle: Any = lib.vhd_log_create(fd, size, offset, error)
+        if not self.handle:
+            check(error[0], "dirty log")
+
+    def close(self) -> None:
+        """Unmap it; no device may use it. Twice is fine."""
+        handle, self.handle = self.handle, ffi.NULL
+        lib.vhd_log_destroy(handle)
