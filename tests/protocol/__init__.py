@@ -1,0 +1,1 @@
+"""Tests of vhostd/protocol: bytes in, values out."""

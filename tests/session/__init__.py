@@ -1,0 +1,1 @@
+"""Tests of vhostd/session: messages in, actions and state out."""

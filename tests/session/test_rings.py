@@ -1,0 +1,460 @@
+"""H56 to H65: ring set-up, start, stop, and what a start tells about the driver."""
+
+from __future__ import annotations
+
+import pytest
+from vhostd.errors import FrontendError
+from vhostd.protocol.requests import Request
+from vhostd.session import actions
+from vhostd.session.actions import RingPosition
+from vhostd.session.state import RingAddresses
+
+from tests.fakes import messages
+from tests.fakes.messages import VRING_NO_FD, VirtioFeature, u64, vring_state
+from tests.protocol.streams import Watched, watched
+from tests.session.conversation import (
+    HIGH,
+    LOW,
+    PACKED,
+    QUEUES,
+    SPLIT,
+    WITHOUT_BIT_30,
+    Conversation,
+    eventfd,
+    ring_addresses,
+)
+
+TOP = 1 << 64
+FILES = [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR]
+
+
+def ready(features: int = SPLIT) -> Conversation:
+    """Memory and features, no ring."""
+    talk = Conversation()
+    talk.negotiate(features)
+    talk.add_memory(LOW, HIGH)
+    talk.take()
+    return talk
+
+
+def started(talk: Conversation) -> actions.StartRing:
+    """The only start since the last look."""
+    (start,) = [action for action in talk.take() if isinstance(action, actions.StartRing)]
+    return start
+
+
+def guest(index: int) -> RingAddresses:
+    """Where the guest has the ring that ring_addresses() names for the VMM."""
+    offset = HIGH.guest_addr - HIGH.frontend_addr
+    return RingAddresses(*(address + offset for address in ring_addresses(index)))
+
+
+# -- size ------------------------------------------------------------------------------------------
+
+ILLEGAL_SIZES = [0, 1, 32769, 65535, 0x8000_0000, 0xFFFF_FFFF]
+
+
+@pytest.mark.parametrize("size", [*ILLEGAL_SIZES, 3, 127])
+def test_split_rings_have_a_power_of_two_of_descriptors(size: int) -> None:
+    """H57."""
+    talk = ready()
+
+    assert talk.ack(Request.SET_VRING_NUM, vring_state(0, size)) == 1
+    talk.set_up(0)
+    assert talk.kick(0) == 0
+
+
+@pytest.mark.parametrize("size", [2, 256, 32768])
+def test_legal_sizes_are_taken(size: int) -> None:
+    assert ready().ack(Request.SET_VRING_NUM, vring_state(0, size)) == 0
+
+
+@pytest.mark.parametrize("size", ILLEGAL_SIZES)
+def test_packed_rings_have_limits_too(size: int) -> None:
+    """H57."""
+    assert ready(PACKED).ack(Request.SET_VRING_NUM, vring_state(0, size)) == 1
+
+
+def test_packed_rings_may_have_any_number_of_descriptors() -> None:
+    talk = ready(PACKED)
+    talk.set_up(0, size=3, base=None)
+
+    assert talk.kick(0) == 0
+    assert started(talk).setup.size == 3
+
+
+def test_a_size_told_before_the_layout_is_checked_at_the_start() -> None:
+    talk = Conversation()
+    talk.negotiate(PACKED)
+    talk.add_memory(LOW, HIGH)
+    talk.set_up(0, size=3, base=None)
+    assert talk.ack(Request.SET_FEATURES, u64(SPLIT)) == 0
+
+    assert talk.kick(0) == 1
+    assert not talk.state.rings[0].started
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_running_ring_keeps_its_size(size: int) -> None:
+    """H60."""
+    talk = Conversation()
+    talk.start()
+
+    assert talk.ack(Request.SET_VRING_NUM, vring_state(0, size)) == 1
+    assert talk.ack(Request.SET_VRING_NUM, vring_state(0, 128)) == 0
+    assert talk.state.rings[0].size == 128
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+DESC, AVAIL, USED = ring_addresses(0)
+END = HIGH.frontend_addr + HIGH.size
+ADDRESS_LIES: dict[str, tuple[int, int, int]] = {
+    "desc unmapped": (1 << 50, AVAIL, USED),
+    "avail unmapped": (DESC, 1 << 50, USED),
+    "used unmapped": (DESC, AVAIL, 1 << 50),
+    "desc is a guest address": (HIGH.guest_addr, AVAIL, USED),
+    "desc unaligned": (DESC + 8, AVAIL, USED),
+    "avail unaligned": (DESC, AVAIL + 1, USED),
+    "used unaligned": (DESC, AVAIL, USED + 2),
+    "desc leaves its region": (END - 16 * 127, AVAIL, USED),
+    "avail leaves its region": (DESC, END - 4 - 2 * 127, USED),
+    "used leaves its region": (DESC, AVAIL, END - 8 * 128),
+    "desc wraps": (TOP - 16, AVAIL, USED),
+    "avail wraps": (DESC, TOP - 2, USED),
+    "used wraps": (DESC, AVAIL, TOP - 4),
+    "used on avail": (DESC, AVAIL, AVAIL),
+    "used in desc": (DESC, AVAIL, DESC + 16 * 128 - 4),
+    "avail in desc": (DESC, DESC + 16 * 128 - 2, USED),
+    "desc in used": (USED + 16, AVAIL, USED),
+    "all the same": (DESC, DESC, DESC),
+}
+
+
+@pytest.mark.parametrize("addresses", ADDRESS_LIES.values(), ids=ADDRESS_LIES.keys())
+def test_ring_addresses_that_lie_are_refused(addresses: tuple[int, int, int]) -> None:
+    """H58, H59: at once, since memory and size are known, and a later start fails too."""
+    talk = ready()
+    talk.ack(Request.SET_VRING_NUM, vring_state(0, 128))
+    before = talk.state
+
+    assert talk.ack(Request.SET_VRING_ADDR, messages.vring_addr(0, *addresses)) == 1
+
+    assert talk.state == before
+    assert talk.kick(0) == 1
+    assert talk.take() == []
+
+
+@pytest.mark.parametrize("addresses", ADDRESS_LIES.values(), ids=ADDRESS_LIES.keys())
+def test_lies_told_before_there_is_memory_come_out_at_the_start(
+    addresses: tuple[int, int, int],
+) -> None:
+    talk = Conversation()
+    talk.negotiate()
+    talk.ack(Request.SET_VRING_NUM, vring_state(0, 128))
+    talk.ack(Request.SET_VRING_ADDR, messages.vring_addr(0, *addresses))
+    talk.add_memory(LOW, HIGH)
+    talk.take()
+    file = Watched()
+
+    assert talk.ack(Request.SET_VRING_KICK, u64(0), [file.fd.take()]) == 1
+
+    assert talk.take() == []
+    assert file.closed
+
+
+def test_parts_may_touch_each_other_and_the_ends_of_a_region() -> None:
+    talk = ready()
+    start = HIGH.frontend_addr
+    used_size = 4 + 8 * 128
+    assert talk.ack(Request.SET_VRING_NUM, vring_state(0, 128)) == 0
+    payload = messages.vring_addr(0, start, start + 16 * 128, END - used_size)
+    assert talk.ack(Request.SET_VRING_ADDR, payload) == 0
+
+    assert talk.kick(0) == 0
+
+
+def test_the_event_index_makes_parts_two_bytes_longer() -> None:
+    talk = ready(SPLIT | VirtioFeature.RING_EVENT_IDX)
+    talk.ack(Request.SET_VRING_NUM, vring_state(0, 128))
+    payload = messages.vring_addr(0, DESC, AVAIL, END - 4 - 8 * 128)
+
+    assert talk.ack(Request.SET_VRING_ADDR, payload) == 1
+
+
+def test_ring_addresses_are_translated_to_the_guests() -> None:
+    talk = ready()
+    talk.set_up(1)
+    talk.kick(1)
+
+    assert started(talk).setup.addresses == guest(1)
+
+
+def test_ring_addresses_are_the_guests_where_that_was_agreed_on() -> None:
+    talk = Conversation()
+    talk.negotiate(protocol_features=talk.offer.protocol_features)
+    talk.add_memory(HIGH.but(frontend_addr=HIGH.guest_addr))
+    talk.ack(Request.SET_VRING_NUM, vring_state(0, 128))
+    there = guest(0)
+    payload = messages.vring_addr(0, there.desc, there.avail, there.used)
+    assert talk.ack(Request.SET_VRING_ADDR, payload) == 0
+    talk.kick(0)
+
+    assert started(talk).setup.addresses == there
+
+
+def test_a_running_ring_stays_where_it_is() -> None:
+    """H60."""
+    talk = Conversation()
+    talk.start()
+    payload = messages.vring_addr(0, *ring_addresses(0, at=0x1000))
+
+    assert talk.ack(Request.SET_VRING_ADDR, payload) == 1
+    assert talk.ack(Request.SET_VRING_ADDR, messages.vring_addr(0, *ring_addresses(0))) == 0
+    assert talk.ack(Request.SET_VRING_BASE, vring_state(0, 5)) == 1
+
+
+# -- base ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [0, 1, 1000, 65535])
+def test_a_split_ring_starts_at_its_base(base: int) -> None:
+    """H61."""
+    talk = ready()
+    talk.set_up(0, base=base)
+    talk.kick(0)
+
+    assert started(talk).setup.position == RingPosition(next_avail=base)
+
+
+@pytest.mark.parametrize("base", [65536, 0x8000_8000, 0xFFFF_FFFF])
+def test_a_split_ring_has_no_wrap_bits(base: int) -> None:
+    """H61."""
+    talk = ready()
+
+    assert talk.ack(Request.SET_VRING_BASE, vring_state(0, base)) == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "position"),
+    [
+        (0x8000_8000, RingPosition(0, 0, 1, 1)),
+        (0x0000_8000, RingPosition(0, 0, 1, 1)),
+        (0x8005_0007, RingPosition(7, 5, 0, 1)),
+        (0x0005_8007, RingPosition(7, 5, 1, 0)),
+        (0x0000_8007, RingPosition(7, 7, 1, 1)),
+        (0x0000_0007, RingPosition(7, 7, 0, 0)),
+        (0x807F_807F, RingPosition(127, 127, 1, 1)),
+    ],
+)
+def test_a_packed_ring_starts_at_index_and_wrap_of_both_sides(
+    base: int, position: RingPosition
+) -> None:
+    """Spec, "Vring descriptor indices for packed virtqueues"; older front ends send 16 bits."""
+    talk = ready(PACKED)
+    talk.set_up(0, base=base)
+    talk.kick(0)
+
+    assert started(talk).setup.position == position
+
+
+@pytest.mark.parametrize("base", [0x8000_8080, 0x8080_8000, 0x7FFF])
+def test_a_packed_ring_has_no_index_beyond_its_size(base: int) -> None:
+    """H61."""
+    talk = ready(PACKED)
+    talk.ack(Request.SET_VRING_NUM, vring_state(0, 128))
+
+    assert talk.ack(Request.SET_VRING_BASE, vring_state(0, base)) == 1
+
+
+@pytest.mark.parametrize(("features", "beginning"), [(SPLIT, 0), (PACKED, 0x8000_8000)])
+def test_a_ring_without_a_base_starts_at_its_beginning(features: int, beginning: int) -> None:
+    talk = ready(features)
+    talk.set_up(0, base=None)
+
+    assert talk.stop(0) == beginning
+    talk.kick(0)
+    assert started(talk).evidence.base_is_initial
+
+
+@pytest.mark.parametrize(
+    ("features", "position", "base"),
+    [
+        (SPLIT, RingPosition(next_avail=65535), 65535),
+        (PACKED, RingPosition(7, 5, 1, 0), 0x0005_8007),
+        (PACKED, RingPosition(0, 0, 1, 1), 0x8000_8000),
+    ],
+)
+def test_a_stopped_ring_says_where_it_stands(
+    features: int, position: RingPosition, base: int
+) -> None:
+    talk = Conversation(position=position)
+    talk.start(features, rings=[0])
+
+    assert talk.stop(0) == base
+    assert talk.stop(0) == base, "asked twice, it stands where it stood"
+    talk.take()
+    assert talk.kick(0) == 0
+    assert started(talk).setup.position == position
+
+
+# -- descriptors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_", FILES, ids=lambda request: request.name)
+def test_descriptor_and_flag_must_agree(request_: Request) -> None:
+    """H17."""
+    talk = ready()
+    talk.set_up(0)
+    before, file = talk.state, Watched()
+
+    assert talk.ack(request_, u64(0)) == 1
+    assert talk.ack(request_, u64(VRING_NO_FD), [file.fd.take()]) == 1
+
+    assert file.closed
+    assert talk.state == before
+
+
+def test_polling_instead_of_kicks_is_refused() -> None:
+    talk = ready()
+    talk.set_up(0)
+
+    assert talk.ack(Request.SET_VRING_KICK, u64(VRING_NO_FD)) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (Request.SET_VRING_CALL, actions.SetRingCall),
+        (Request.SET_VRING_ERR, actions.SetRingErr),
+    ],
+)
+def test_call_and_err_come_and_go_at_any_time(
+    request_: Request, kind: type[actions.SetRingCall | actions.SetRingErr]
+) -> None:
+    talk = Conversation()
+    talk.start(rings=[0])
+    talk.take()
+    for index in (0, 1):
+        assert talk.ack(request_, u64(index), [eventfd()]) == 0
+        assert talk.ack(request_, u64(index | VRING_NO_FD)) == 0
+
+    performed = talk.take()
+    assert [type(action) for action in performed] == [kind] * 4
+    assert [getattr(action, "file", None) is None for action in performed] == [False, True] * 2
+
+
+def test_a_second_kick_restarts_the_ring_where_it_stands() -> None:
+    """H62."""
+    talk = Conversation()
+    talk.start(rings=[0])
+    before = talk.state
+    talk.take()
+
+    assert talk.kick(0) == 0
+
+    (restart,) = talk.take()
+    assert isinstance(restart, actions.RestartRing)
+    assert restart.kick is not None
+    assert restart.setup.enabled
+    assert talk.state == before
+
+
+@pytest.mark.parametrize("request_", FILES, ids=lambda request: request.name)
+def test_a_descriptor_the_shell_refuses_changes_nothing(request_: Request) -> None:
+    """H18, H19, H63: what is no eventfd is told by the descriptor alone."""
+    talk = ready()
+    talk.set_up(0)
+    before, file = talk.state, Watched()
+    talk.refuse_next = FrontendError("no eventfd")
+
+    assert talk.ack(request_, u64(0), [file.fd.take()]) == 1
+
+    assert talk.state == before
+    assert file.closed
+
+
+@pytest.mark.parametrize("missing", ["size", "addresses", "memory", "features"])
+def test_a_ring_starts_only_when_everything_is_known(missing: str) -> None:
+    talk = Conversation()
+    talk.send(Request.SET_PROTOCOL_FEATURES, u64(talk.offer.protocol_features & ~(1 << 21)))
+    if missing != "features":
+        talk.ack(Request.SET_FEATURES, u64(SPLIT))
+    if missing != "memory":
+        talk.add_memory(HIGH)
+    if missing != "size":
+        talk.ack(Request.SET_VRING_NUM, vring_state(0, 128))
+    if missing != "addresses":
+        talk.ack(Request.SET_VRING_ADDR, messages.vring_addr(0, *ring_addresses(0)))
+
+    assert talk.kick(0) == 1
+    assert not talk.state.running
+
+
+def test_descriptors_of_many_refusals_are_all_closed() -> None:
+    talk = ready()
+    files = watched(200)
+
+    for file in files:
+        talk.ack(Request.SET_VRING_KICK, u64(0), [file.fd.take()])
+
+    assert all(file.closed for file in files)
+
+
+# -- enabling --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [2, 0xFFFF_FFFF])
+def test_enabling_knows_yes_and_no(num: int) -> None:
+    """H65."""
+    talk = Conversation()
+    talk.start(rings=[0])
+
+    assert talk.ack(Request.SET_VRING_ENABLE, vring_state(0, num)) == 1
+    assert talk.state.rings[0].enabled
+
+
+def test_a_ring_that_is_not_set_up_can_be_enabled() -> None:
+    """H65: QEMU enables all queues of the device, also those the driver left alone."""
+    talk = ready()
+
+    assert talk.enable(2) == 0
+    assert talk.take() == []
+    talk.set_up(2)
+    assert talk.kick(2) == 0
+    assert started(talk).setup.enabled
+
+
+def test_saying_the_same_again_does_nothing() -> None:
+    """H65: a flood of them costs nothing."""
+    talk = Conversation()
+    talk.start(rings=[0])
+    talk.take()
+    for _ in range(1000):
+        assert talk.enable(0) == 0
+
+    assert talk.take() == []
+
+
+def test_without_protocol_features_rings_are_served_from_their_kick_on() -> None:
+    """H23."""
+    talk = ready(WITHOUT_BIT_30)
+    talk.set_up(0)
+    talk.take()
+
+    assert talk.kick(0) == 0
+
+    start, device = talk.take()
+    assert isinstance(start, actions.StartRing)
+    assert start.setup.enabled
+    assert device == actions.DeviceStarted()
+    assert talk.enable(0, False) == 1
+
+
+def test_features_in_force_reach_the_ring() -> None:
+    features = SPLIT | VirtioFeature.RING_EVENT_IDX | VirtioFeature.RING_INDIRECT_DESC
+    talk = ready(features)
+    talk.set_up(QUEUES - 1)
+    talk.kick(QUEUES - 1)
+
+    assert started(talk).setup.features == features

@@ -1,0 +1,1 @@
+"""Tests of vhostd/transport: real sockets and descriptors."""

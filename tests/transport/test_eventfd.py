@@ -1,0 +1,56 @@
+"""H18, H19, H63, H64: what a kick, call or err can be."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import socket
+
+import pytest
+from vhostd.errors import FrontendError
+from vhostd.fds import OwnedFd
+from vhostd.transport.eventfd import check_eventfd, is_eventfd_link
+
+
+def others() -> list[int]:
+    reader, writer = os.pipe()
+    os.close(writer)
+    controller, terminal = pty.openpty()
+    os.close(controller)
+    with select.epoll() as poller:
+        epoll = os.dup(poller.fileno())
+    return [
+        os.memfd_create("[eventfd]"),
+        os.open("/", os.O_RDONLY),
+        os.open("/", os.O_PATH),
+        os.open("/dev/null", os.O_RDWR),
+        os.open("/proc/self/mem", os.O_RDWR),
+        reader,
+        terminal,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach(),
+        epoll,
+    ]
+
+
+def test_an_eventfd_is_one_and_cannot_block_any_more() -> None:
+    """H64: a full one must not hold up the worker that writes to it."""
+    with OwnedFd(os.eventfd(0)) as fd:
+        check_eventfd(fd, "call")
+        os.eventfd_write(fd.fileno(), (1 << 64) - 2)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_write(fd.fileno(), 1)
+
+
+def test_nothing_else_is() -> None:
+    for fd in others():
+        with OwnedFd(fd) as file, pytest.raises(FrontendError, match="kick is no eventfd"):
+            check_eventfd(file, "kick")
+
+
+@pytest.mark.parametrize(
+    "link", ["anon_inode:[eventpoll]", "/memfd:anon_inode:[eventfd] (deleted)", "", "pipe:[1]"]
+)
+def test_links_of_other_files_are_told_apart(link: str) -> None:
+    assert not is_eventfd_link(link)
+    assert is_eventfd_link("anon_inode:[eventfd]")

@@ -1,0 +1,152 @@
+"""Requests from us to the VMM, on the socket of SET_BACKEND_REQ_FD.
+
+Knows how a request and its acknowledgement look. Must not know when a request is allowed: QEMU 11.1
+crashes on one while its device is not started, so the session's gate decides that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from vhostd.errors import FrontendError, HostError
+from vhostd.fds import OwnedFd
+from vhostd.protocol.requests import BACKEND_RULES, BackendRequest
+from vhostd.protocol.wire import HEADER, U64, HeaderFlag
+from vhostd.transport.stream import Disconnected, UnixStream
+
+UNANSWERED_MAX: Final = 16
+"""Requests given up while their answer is still due; a VMM further behind never answers."""
+
+_ANSWER_SIZE: Final = HEADER.size + U64.LAYOUT.size
+_ANSWER_FLAGS: Final = HeaderFlag.VERSION | HeaderFlag.REPLY
+
+
+class ChannelClosed(Exception):
+    """No request can be made any more on this channel; the connection it belongs to goes on."""
+
+
+class BackendChannel:
+    """Owns the socket; one request is under way at a time."""
+
+    def __init__(self, stream: UnixStream, *, reply_ack: bool) -> None:
+        """Take over a connected socket.
+
+        reply_ack: REPLY_ACK was acknowledged, so that requests can be answered.
+        """
+        self._stream = stream
+        self._reply_ack = reply_ack
+        self._turn = trio.Lock()
+        self._received = b""
+        self._given_up: deque[BackendRequest] = deque()
+
+    @classmethod
+    def adopt(cls, fd: OwnedFd, *, reply_ack: bool, connection_fd: int) -> BackendChannel:
+        """Take over the descriptor a VMM sent: one end of a socket pair, as every VMM makes it.
+
+        A socket with a name is refused: it may be connected to any server on this host, this
+        one included, and a VMM must not make us write there in its place.
+
+        Args:
+            fd: what the VMM sent.
+            reply_ack: REPLY_ACK was acknowledged.
+            connection_fd: socket of the connection it came on.
+
+        Raises:
+            FrontendError: it is no UNIX stream socket, not connected, has or meets a name, or is
+                the connection itself. The descriptor is closed then.
+        """
+        is_connection = os.path.sameopenfile(fd.fileno(), connection_fd)
+        stream = UnixStream.adopt(fd)
+        if is_connection or stream.named:
+            stream.close()
+            raise FrontendError("back-end request socket is not from a socket pair of its own")
+        return cls(stream, reply_ack=reply_ack)
+
+    @property
+    def closed(self) -> bool:
+        """No request can be made any more."""
+        return self._stream.closed
+
+    def fileno(self) -> int:
+        """The socket's descriptor, borrowed; -1 once closed."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Hang up; a request under way raises ChannelClosed. Twice is fine."""
+        self._stream.close()
+
+    async def request(
+        self, request: BackendRequest, payload: bytes = b"", fds: Sequence[OwnedFd] = ()
+    ) -> int | None:
+        """Send one request and wait for its acknowledgement if REPLY_ACK was acknowledged.
+
+        A VMM may take long to answer or never do it, so callers set their own time limit. Once
+        the request is sent whole, cancelling only gives up its answer, which is skipped when it
+        comes late. Cancelled before that, the channel is closed.
+
+        Args:
+            request: which.
+            payload: of the shape BACKEND_RULES has for it.
+            fds: stay the caller's.
+
+        Returns:
+            The VMM's verdict, 0 = done; None where none was asked for.
+
+        Raises:
+            ChannelClosed: the VMM hung up or answered nonsense; the channel is closed.
+        """
+        rule = BACKEND_RULES[request]
+        assert len(payload) in rule.shape.SIZES, "payload of another request"
+        assert rule.fds_min <= len(fds) <= rule.fds_max, "descriptors of another request"
+        async with self._turn:
+            try:
+                return await self._request(request, payload, fds)
+            except (Disconnected, FrontendError, HostError, trio.ClosedResourceError) as error:
+                self.close()
+                raise ChannelClosed(f"back-end requests: {error}") from error
+
+    async def _request(
+        self, request: BackendRequest, payload: bytes, fds: Sequence[OwnedFd]
+    ) -> int | None:
+        if len(self._given_up) >= UNANSWERED_MAX:
+            raise FrontendError(f"{len(self._given_up)} requests are unanswered")
+        asks = self._reply_ack or BACKEND_RULES[request].reply is not None
+        flags = HeaderFlag.VERSION | (HeaderFlag.NEED_REPLY if asks else HeaderFlag(0))
+        await self._stream.send(HEADER.pack(request, flags, len(payload)) + payload, fds)
+        if not asks:
+            return None
+        self._given_up.append(request)
+        while len(self._given_up) > 1:
+            await self._answer(self._given_up[0])
+            self._given_up.popleft()
+        verdict = await self._answer(request)
+        self._given_up.popleft()
+        return verdict
+
+    async def _answer(self, request: BackendRequest) -> int:
+        """Wait for the answer to request; what was read is kept when this is cancelled."""
+        while len(self._received) < _ANSWER_SIZE:
+            read = self._stream.try_read(_ANSWER_SIZE - len(self._received))
+            if read is None:
+                await self._stream.wait_readable()
+                continue
+            for fd in read.fds:
+                fd.close()
+            if not read.data:
+                raise Disconnected("the VMM hung up")
+            self._received += read.data
+            self._check_header(request)
+        answer, self._received = self._received, b""
+        return U64.parse(answer[HEADER.size :]).value
+
+    def _check_header(self, request: BackendRequest) -> None:
+        if len(self._received) < HEADER.size:
+            return
+        number, flags, size = HEADER.unpack_from(self._received)
+        if (number, flags, size) != (request, _ANSWER_FLAGS, U64.LAYOUT.size):
+            raise FrontendError(f"answer {number} flags {flags:#x} size {size} to {request.name}")

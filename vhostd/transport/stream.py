@@ -1,0 +1,172 @@
+"""A connected UNIX stream socket with descriptors, without blocking. Knows no message."""
+
+from __future__ import annotations
+
+import array
+import select
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from vhostd.errors import FrontendError, HostError
+from vhostd.fds import OwnedFd
+
+FDS_PER_READ_MAX: Final = 253
+"""SCM_MAX_FD, include/net/scm.h: with room for these no descriptor is ever cut off by our size."""
+
+_FD_SIZE: Final = array.array("i").itemsize
+_ANCILLARY_SIZE: Final = socket.CMSG_SPACE(FDS_PER_READ_MAX * _FD_SIZE)
+
+
+class Disconnected(Exception):
+    """The peer hung up between two messages, or this end can no longer be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one read gave.
+
+    Attributes:
+        data: the bytes; empty at the end of the stream.
+        fds: the descriptors that came with them.
+        fds_lost: the kernel could not hand over all of them, for want of free descriptors here.
+    """
+
+    data: bytes
+    fds: tuple[OwnedFd, ...] = ()
+    fds_lost: bool = False
+
+
+class UnixStream:
+    """Owns the socket and makes it non-blocking."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._broken = False
+
+    @classmethod
+    def adopt(cls, fd: OwnedFd) -> UnixStream:
+        """Take over a descriptor a peer sent.
+
+        Raises:
+            FrontendError: it is no connected UNIX stream socket. The descriptor is closed then.
+        """
+        try:
+            sock = socket.socket(fileno=fd.fileno())
+        except OSError as error:
+            fd.close()
+            raise FrontendError(f"descriptor is no socket: {error.strerror}") from error
+        fd.take()
+        try:
+            if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+                raise FrontendError("socket is no UNIX stream socket")
+            sock.getpeername()
+        except OSError as error:
+            sock.close()
+            raise FrontendError(f"socket is not connected: {error.strerror}") from error
+        except FrontendError:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def fileno(self) -> int:
+        """The socket's descriptor, borrowed; -1 once closed."""
+        return self._socket.fileno()
+
+    @property
+    def named(self) -> bool:
+        """One of its two ends has an address, so it is not from a socket pair."""
+        return bool(self._socket.getsockname() or self._socket.getpeername())
+
+    @property
+    def closed(self) -> bool:
+        """True once close() was called."""
+        return self.fileno() < 0
+
+    @property
+    def hung_up(self) -> bool:
+        """The peer has closed its end, or close() was called."""
+        if self.closed:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        """Hang up; tasks that wait for the socket get trio.ClosedResourceError."""
+        if not self.closed:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+    def try_read(self, size: int) -> Read | None:
+        """Read at most size bytes; None when there is nothing right now.
+
+        Raises:
+            Disconnected: the connection was reset, or close() was called.
+            HostError: no memory for it; nothing was lost.
+        """
+        if self.closed:
+            raise Disconnected("closed on this side")
+        try:
+            data, ancillary, flags, _address = self._socket.recvmsg(
+                size, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except ConnectionError as error:
+            raise Disconnected(f"connection lost: {error.strerror}") from error
+        except OSError as error:
+            raise HostError(error.errno, f"cannot receive: {error.strerror}") from error
+        return Read(data, _received_fds(ancillary), bool(flags & socket.MSG_CTRUNC))
+
+    async def wait_readable(self) -> None:
+        """Wait until try_read() has something to say, the end of the stream included."""
+        await trio.lowlevel.wait_readable(self._socket)
+
+    async def send(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> None:
+        """Send all of data; fds ride with its first byte and stay the caller's.
+
+        Cancelled half-way, the stream is no longer of use: every later send() raises.
+
+        Raises:
+            Disconnected: the peer is gone, or an earlier send was cut short.
+            HostError: the descriptors cannot be passed, or there is no memory.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._broken or self.closed:
+            raise Disconnected("an earlier message was cut short" if self._broken else "closed")
+        rest = memoryview(data)
+        ancillary = _sent_fds(fds)
+        try:
+            while rest:
+                try:
+                    sent = self._socket.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+                    continue
+                rest, ancillary = rest[sent:], []
+        except ConnectionError as error:
+            raise Disconnected(f"connection lost: {error.strerror}") from error
+        except OSError as error:
+            raise HostError(error.errno, f"cannot send: {error.strerror}") from error
+        finally:
+            self._broken = 0 < len(rest) < len(data)
+
+
+def _received_fds(ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[OwnedFd, ...]:
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % _FD_SIZE])
+    return tuple(OwnedFd(fd) for fd in fds)
+
+
+def _sent_fds(fds: Sequence[OwnedFd]) -> list[tuple[int, int, array.array[int]]]:
+    if not fds:
+        return []
+    numbers = array.array("i", [fd.fileno() for fd in fds])
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)]
