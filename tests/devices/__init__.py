@@ -1,0 +1,1 @@
+"""Device logic without a loop, a ring or a guest."""

@@ -1,0 +1,35 @@
+"""The kinds of device vhostd serves: the only place, beside its own file, a new device edits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from vhostd.devices.balloon import BALLOON_DEVICE_ID, CONFIG, QUEUE_COUNT
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """What a VMM's command line must say about a device before it has spoken with us.
+
+    Attributes:
+        name: of the configuration's table, and "type" of --print-capabilities.
+        virtio_id: device id of the virtio specification.
+        queue_size: descriptors a ring; Linux 6.1 refuses a reporting queue of fewer than 32.
+    """
+
+    name: str
+    virtio_id: int
+    queue_count: int
+    config_size: int
+    queue_size: int
+
+
+BALLOON: Final = DeviceKind(
+    name="balloon",
+    virtio_id=BALLOON_DEVICE_ID,
+    queue_count=QUEUE_COUNT,
+    config_size=CONFIG.size,
+    queue_size=128,
+)
+KINDS: Final = {kind.name: kind for kind in (BALLOON,)}
