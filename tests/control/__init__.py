@@ -1,0 +1,1 @@
+"""The control API over real UNIX sockets, and vhostctl as a program."""

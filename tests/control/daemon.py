@@ -1,0 +1,166 @@
+"""A daemon of real devices without rings: what the control API is tested against.
+
+Its guest does what a guest does, when a test says so. Runs in a thread with its own trio loop,
+because the clients under test are blocking programs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from struct import pack
+
+import trio
+from vhostd.config import MetricsConfig
+from vhostd.control.events import EventStream
+from vhostd.control.interface import DeviceSocket, HintAction, JsonObject
+from vhostd.control.server import ControlAddresses, serve_control
+from vhostd.devices.balloon import Balloon
+from vhostd.devices.base import Chain, Complete, Effects, Event, Role
+from vhostd.devices.registry import BALLOON
+from vhostd.units import GiB
+
+COUNTERS = (
+    "inflated_pages inflate_pfns deflate_pfns reported_size discarded_size discards discard_errors"
+    " discard_errno pfns_outside pfns_repeated pfns_excess reports_refused pages_kept"
+)
+QUEUE_COUNTERS = "kicks chains used calls calls_dropped faults rejected"
+ALL_FEATURES = 0x3F
+
+
+class BalloonVm:
+    """One VM whose guest has 1 GiB and a balloon driver with every feature."""
+
+    def __init__(self, name: str, events: EventStream, *, running: bool = True) -> None:
+        self.name = name
+        self.balloon = Balloon()
+        self.answers_statistics = True
+        self.state = "running" if running else "waiting"
+        self._events = events
+        self._statistics_sent = 0
+        self.balloon.on_features(ALL_FEATURES)
+        if running:
+            self.balloon.set_guest_memory(GiB)
+            self.balloon.on_started()
+            self.send_statistics()
+
+    @property
+    def devices(self) -> Sequence[DeviceSocket]:
+        return [
+            DeviceSocket(
+                BALLOON.name,
+                f"{self.name}-balloon",
+                Path(f"/run/vhostd/{self.name}-balloon.sock"),
+                BALLOON.virtio_id,
+                BALLOON.queue_count,
+                BALLOON.config_size,
+                BALLOON.queue_size,
+            )
+        ]
+
+    def status(self) -> JsonObject:
+        counters = dict.fromkeys(COUNTERS.split(), 0) | {"inflated_pages": 2, "discards": 7}
+        queue = dict.fromkeys(QUEUE_COUNTERS.split(), 0) | {"kicks": 11}
+        return {
+            "vm": self.name,
+            "state": self.state,
+            "balloon": self.balloon.status(counters) | {"queues": {"inflate": queue}},
+            "mem": [],
+            "pmem": [],
+            "connections": 1,
+            "faults": {3: "loop"} if self.state == "quarantined" else {},
+            "messages_refused": 0,
+        }
+
+    async def set_balloon_target(self, size: int) -> None:
+        self._perform(self.balloon.set_target(size))
+
+    async def request_statistics(self) -> None:
+        self._perform(self.balloon.request_statistics())
+
+    async def balloon_hint(self, action: HintAction) -> None:
+        start = action is HintAction.START
+        self._perform(self.balloon.hint_start() if start else self.balloon.hint_stop())
+
+    def reach(self, size: int) -> None:
+        """The guest writes `actual`."""
+        self._perform(self.balloon.on_config_written(pack("<IIII", 0, size // 4096, 0, 0)))
+
+    def send_statistics(self) -> None:
+        """The guest fills its buffer: free memory is how often it did so."""
+        self._statistics_sent += 1
+        data = pack("<HQHQ", 4, self._statistics_sent, 5, GiB)
+        chain = Chain(2, Role.STATISTICS, self._statistics_sent, data, len(data))
+        self._perform(self.balloon.on_chain(chain, now_s=1.5))
+
+    def _perform(self, effects: Effects) -> None:
+        for effect in effects:
+            if isinstance(effect, Event):
+                self._events.publish(self.name, effect.name, effect.fields)
+            elif isinstance(effect, Complete) and self.answers_statistics:
+                self.send_statistics()
+
+
+class SmallDaemon:
+    """VM "web" runs, VM "idle" was never connected."""
+
+    def __init__(self) -> None:
+        self.events = EventStream(clock=lambda: 1000.0)
+        self.web = BalloonVm("web", self.events)
+        self.idle = BalloonVm("idle", self.events, running=False)
+
+    def vms(self) -> Mapping[str, BalloonVm]:
+        return {"web": self.web, "idle": self.idle}
+
+
+class RunningDaemon:
+    """A SmallDaemon that serves its control sockets in a thread of its own."""
+
+    def __init__(self, runtime_dir: Path, metrics: MetricsConfig | None = None) -> None:
+        self.daemon = SmallDaemon()
+        self.addresses: ControlAddresses
+        self._token: trio.lowlevel.TrioToken
+        self._stop: trio.Event
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._run, runtime_dir, metrics))
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(20)
+
+    def stop(self) -> None:
+        """Cancel the server and wait for it."""
+        if self._thread.is_alive():
+            self._token.run_sync_soon(self._stop.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Run `action` in the daemon's thread, soon."""
+        self._token.run_sync_soon(action)
+
+    async def _run(self, runtime_dir: Path, metrics: MetricsConfig | None) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._stop = trio.Event()
+        async with trio.open_nursery() as nursery:
+            serve = partial(serve_control, self.daemon, runtime_dir, metrics)
+            self.addresses = await nursery.start(serve)
+            self._ready.set()
+            await self._stop.wait()
+            nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def running_daemon(
+    runtime_dir: Path, metrics: MetricsConfig | None = None
+) -> Iterator[RunningDaemon]:
+    """A daemon that serves until the block ends."""
+    running = RunningDaemon(runtime_dir, metrics)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()

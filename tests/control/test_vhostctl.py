@@ -1,0 +1,236 @@
+"""vhostctl as a program: what it prints, and the exit code each outcome has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from vhostd.units import GiB, MiB
+
+from tests.control.daemon import RunningDaemon
+
+Finished = subprocess.CompletedProcess[str]
+Vhostctl = Callable[..., Finished]
+PROGRAM = (sys.executable, "-c", "from vhostd.control.cli import main; main()")
+
+
+def run(*arguments: str, **environment: str) -> Finished:
+    inherited = {key: value for key, value in os.environ.items() if key != "VHOSTD_SOCKET"}
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def vhostctl(served: RunningDaemon) -> Vhostctl:
+    return lambda *arguments: run("--socket", str(served.addresses.control), *arguments)
+
+
+def failed_with(finished: Finished, code: int, reason: str) -> bool:
+    """One line on stderr that holds the reason, nothing on stdout."""
+    assert finished.returncode == code, finished.stderr
+    assert reason in finished.stderr
+    assert finished.stdout == ""
+    return finished.stderr.startswith("vhostctl: ") and finished.stderr.count("\n") == 1
+
+
+def test_json_status_of_one_vm_is_one_object_and_of_all_an_array(vhostctl: Vhostctl) -> None:
+    one = vhostctl("--json", "status", "web")
+    assert (one.returncode, one.stderr) == (0, "")
+    status = json.loads(one.stdout)
+    assert (status["vm"], status["state"]) == ("web", "running")
+    assert status["balloon"]["inflated"] == 8192
+    everything = json.loads(vhostctl("--json", "status").stdout)
+    assert [vm["vm"] for vm in everything] == ["web", "idle"]
+
+
+def test_the_socket_may_come_from_the_environment(served: RunningDaemon) -> None:
+    assert run("status", VHOSTD_SOCKET=str(served.addresses.control)).returncode == 0
+
+
+def test_people_get_sizes_with_units_and_no_colour_codes_in_a_pipe(vhostctl: Vhostctl) -> None:
+    vhostctl("balloon", "set", "web", "512M")
+    table = vhostctl("status").stdout
+    assert table.splitlines()[0].split()[:3] == ["VM", "STATE", "TARGET"]
+    assert table.splitlines()[1].split()[:4] == ["web", "running", "512", "MiB"]
+    detail = vhostctl("status", "web").stdout
+    assert "512 MiB" in detail
+    assert "page_reporting" in detail
+    assert "\x1b" not in table + detail
+
+
+def test_a_quarantined_queue_is_named_with_what_is_wrong(
+    vhostctl: Vhostctl, served: RunningDaemon
+) -> None:
+    served.daemon.web.state = "quarantined"
+    lines = vhostctl("status", "web").stdout.splitlines()
+    assert ["queue", "3", "quarantined:", "loop"] in [line.split() for line in lines]
+    assert lines == [line.rstrip() for line in lines]
+    assert json.loads(vhostctl("--json", "status", "web").stdout)["faults"] == {"3": "loop"}
+
+
+@pytest.mark.parametrize(("size", "target"), [("512M", 512 * MiB), ("0.5GiB", 512 * MiB), ("0", 0)])
+def test_setting_the_balloon_is_silent_and_done(
+    vhostctl: Vhostctl, served: RunningDaemon, size: str, target: int
+) -> None:
+    finished = vhostctl("balloon", "set", "web", size)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+    assert served.daemon.web.balloon.target == target
+
+
+def test_statistics_are_the_object_the_guest_sent(vhostctl: Vhostctl) -> None:
+    assert json.loads(vhostctl("--json", "balloon", "stats", "web").stdout) == {
+        "free_memory": 1,
+        "total_memory": GiB,
+    }
+    fresh = vhostctl("--json", "balloon", "stats", "web", "--fresh")
+    assert json.loads(fresh.stdout)["free_memory"] == 2
+    assert "1 GiB" in vhostctl("balloon", "stats", "web").stdout
+    assert "no statistics yet" in vhostctl("balloon", "stats", "idle").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("balloon", "set", "web", "2G"), "1 GiB of RAM"),
+        (("balloon", "set", "absent", "1M"), "no VM is called 'absent'"),
+        (("status", "../web"), "/v1/vms/../web: there is nothing"),
+        (("status", ".."), "no VM is called '..'"),
+        (("balloon", "hint", "idle"), "running guest driver"),
+        (("balloon", "hint", "web", "--stop"), "no free page hinting round"),
+    ],
+)
+def test_what_the_daemon_refuses_is_exit_1_with_its_reason(
+    vhostctl: Vhostctl, arguments: tuple[str, ...], reason: str
+) -> None:
+    assert failed_with(vhostctl(*arguments), 1, reason)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("balloon", "set", "web"),
+        ("balloon", "set", "web", "lots"),
+        ("balloon", "set", "web", "--wait", "--timeout", "-1", "1M"),
+        ("qemu-args", "web", "--memory", "1.5K"),
+        ("qemu-args", "web", "--format", "xen"),
+        ("--nonsense", "status"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2(vhostctl: Vhostctl, arguments: tuple[str, ...]) -> None:
+    finished = vhostctl(*arguments)
+    assert finished.returncode == 2
+    assert "Usage" in finished.stderr
+
+
+def test_no_daemon_is_exit_3(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.sock"
+    finished = run("--socket", str(absent), "status")
+    assert failed_with(finished, 3, f"{absent}: the daemon can't be reached: No such file")
+    dead = tmp_path / "dead.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(dead))
+    assert failed_with(run("--socket", str(dead), "status"), 3, "Connection refused")
+    assert failed_with(run("--socket", str(dead), "events"), 3, "Connection refused")
+
+
+def test_something_else_on_the_socket_is_exit_3(tmp_path: Path) -> None:
+    path = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        asking = subprocess.Popen(
+            [*PROGRAM, "--socket", str(path), "status"], stderr=subprocess.PIPE, text=True
+        )
+        connection, _ = other.accept()
+        connection.sendall(b"SSH-2.0-surprise\r\n\r\n")
+        connection.close()
+        _, stderr = asking.communicate(timeout=60)
+    assert (asking.returncode, stderr.count("\n")) == (3, 1)
+
+
+def test_waiting_in_vain_is_exit_4(vhostctl: Vhostctl, served: RunningDaemon) -> None:
+    waiting = vhostctl("balloon", "set", "web", "1M", "--wait", "--timeout", "0.1")
+    assert failed_with(waiting, 4, "the guest is at 0 bytes of 1048576")
+    served.daemon.web.answers_statistics = False
+    asking = vhostctl("balloon", "stats", "web", "--fresh", "--timeout", "0.1")
+    assert failed_with(asking, 4, "no statistics")
+
+
+def test_the_options_for_qemu_are_exactly_these(vhostctl: Vhostctl) -> None:
+    text = vhostctl("qemu-args", "web", "--memory", "1536M").stdout
+    assert shlex.split(text) == [
+        *("-machine", "q35,memory-backend=ram0", "-m", "1536M"),
+        *("-object", "memory-backend-memfd,id=ram0,size=1536M,share=on"),
+        *("-chardev", "socket,id=web-balloon,path=/run/vhostd/web-balloon.sock"),
+        "-device",
+        "vhost-user-test-device-pci,chardev=web-balloon,virtio-id=5,num_vqs=5,config_size=16"
+        ",vq_size=128",
+    ]
+    assert json.loads(vhostctl("--json", "qemu-args", "web").stdout)[3] == "1G"
+
+
+def test_the_xml_for_libvirt_shares_memory_and_passes_the_same_options(
+    vhostctl: Vhostctl,
+) -> None:
+    xml = vhostctl("qemu-args", "web", "--format", "libvirt").stdout
+    domain = ElementTree.fromstring(f"<domain>{xml}</domain>")
+    backing = domain.find("memoryBacking")
+    assert backing is not None
+    assert [child.attrib for child in backing] == [{"type": "memfd"}, {"mode": "shared"}]
+    name = "{http://libvirt.org/schemas/domain/qemu/1.0}arg"
+    values = [element.attrib["value"] for element in domain.iter(name)]
+    assert values == shlex.split(vhostctl("qemu-args", "web").stdout)[-4:]
+
+
+def test_events_are_lines_and_with_json_objects(vhostctl: Vhostctl) -> None:
+    vhostctl("balloon", "set", "web", "1M")
+    line = vhostctl("events").stdout.splitlines()[-1]
+    assert line.startswith("1970-01-01T00:16:40.000000Z web balloon_target target=1048576")
+    objects = [json.loads(line) for line in vhostctl("--json", "events").stdout.splitlines()]
+    assert objects[-1]["event"] == "balloon_target"
+
+
+def test_following_events_prints_each_as_it_happens_until_interrupted(
+    served: RunningDaemon,
+) -> None:
+    following = subprocess.Popen(
+        [*PROGRAM, "--socket", str(served.addresses.control), "--json", "events", "--follow"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert following.stdout is not None
+    with following:
+        assert json.loads(following.stdout.readline())["event"] == "balloon_statistics"
+        served.do(lambda: served.daemon.web.reach(MiB))
+        assert json.loads(following.stdout.readline())["actual"] == MiB
+        following.send_signal(signal.SIGINT)
+        assert following.wait(20) == 0
+
+
+def test_a_start_imports_neither_rich_nor_the_server() -> None:
+    code = (
+        "import sys, vhostd.control.cli, vhostd.control.client\n"
+        "heavy = {'rich', 'starlette', 'hypercorn', 'trio', 'structlog', 'prometheus_client'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert finished.stdout == "[]\n"

@@ -1,0 +1,223 @@
+"""The HTTP application: requests of the verbs table onto the Daemon protocol, and back as JSON.
+
+Every request is bounded in size and time, and answers {"error": one line} when it can't be
+fulfilled. Must not know sockets; http.py serves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Final, TypeVar
+
+import msgspec
+import trio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from vhostd.control.bodies import WholeBodies, json_response
+from vhostd.control.interface import Daemon, JsonObject, VmView
+from vhostd.control.sse import EventStreamResponse
+from vhostd.control.verbs import (
+    FRESH_TIMEOUT_DEFAULT_S,
+    VERBS,
+    WAIT_MAX_S,
+    BalloonHint,
+    BalloonTarget,
+    Verb,
+    openapi,
+)
+from vhostd.errors import VhostdError
+from vhostd.metrics.export import CONTENT_TYPE, metrics_text
+from vhostd.units import parse_size
+
+SUBSCRIBERS_MAX: Final = 64
+"""Beyond it the read-only socket takes no listener, so that there is room on control.sock."""
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class ApiError(HTTPException):
+    """A request that is answered with a status and one line."""
+
+
+def create_app(daemon: Daemon, *, writable: bool) -> Starlette:
+    """The application of control.sock (writable) or control-ro.sock."""
+    handlers = _Handlers(daemon, writable=writable)
+    return _application([_route(handlers, verb, writable=writable) for verb in VERBS])
+
+
+def create_metrics_app(daemon: Daemon) -> Starlette:
+    """The application of the metrics port: /metrics and nothing else."""
+    handlers = _Handlers(daemon, writable=False)
+    verbs = [verb for verb in VERBS if verb.name == "metrics"]
+    return _application([_route(handlers, verb, writable=False) for verb in verbs])
+
+
+def _application(routes: list[Route]) -> Starlette:
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(WholeBodies)],
+        exception_handlers={HTTPException: _on_http_error, VhostdError: _on_refusal, 500: _on_bug},
+    )
+
+
+def _route(handlers: _Handlers, verb: Verb, *, writable: bool) -> Route:
+    handler: Handler = getattr(handlers, verb.name)
+    endpoint = handler if writable or not verb.changes else _refuse_change
+    return Route(verb.path, endpoint, methods=[verb.method], name=verb.name)
+
+
+async def _refuse_change(request: Request) -> Response:
+    raise ApiError(403, "this socket answers only reads; changes go to control.sock")
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {404: f"{request.url.path}: there is nothing", 405: f"not a path for {request.method}"}
+    text = error.detail if isinstance(error, ApiError) else known.get(error.status_code)
+    return json_response({"error": text or error.detail}, error.status_code)
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    return json_response({"error": " ".join(str(error).splitlines())}, 409)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return json_response({"error": "the daemon failed; its log says how"}, 500)
+
+
+async def _read_body(request: Request, kind: type[Body]) -> Body:
+    """The request's body as `kind`; an empty one means all defaults."""
+    body = await request.body()
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not as described: {error}") from error
+
+
+def _flag(request: Request, name: str, *, default: bool) -> bool:
+    text = request.query_params.get(name, str(int(default)))
+    if text not in ("0", "1"):
+        raise ApiError(400, f"{name} is 0 or 1")
+    return text == "1"
+
+
+def _seconds(request: Request, name: str, default: float) -> float:
+    try:
+        seconds = float(request.query_params.get(name, default))
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= WAIT_MAX_S:
+        raise ApiError(400, f"{name} is a number of seconds, 0 to {WAIT_MAX_S:g}")
+    return seconds
+
+
+class _Handlers:
+    """One method for each verb, of the verb's name."""
+
+    def __init__(self, daemon: Daemon, *, writable: bool) -> None:
+        self._daemon = daemon
+        self._writable = writable
+
+    async def list_vms(self, request: Request) -> Response:
+        return json_response([vm.status() for vm in self._daemon.vms().values()])
+
+    async def show_vm(self, request: Request) -> Response:
+        return json_response(self._vm(request).status())
+
+    async def list_devices(self, request: Request) -> Response:
+        devices = self._vm(request).devices
+        return json_response([asdict(device) | {"path": str(device.path)} for device in devices])
+
+    async def show_balloon(self, request: Request) -> Response:
+        return json_response(self._balloon(request)())
+
+    async def set_balloon(self, request: Request) -> Response:
+        balloon = self._balloon(request)
+        body = await _read_body(request, BalloonTarget)
+        try:
+            size = parse_size(body.target) if isinstance(body.target, str) else body.target
+        except ValueError as error:
+            raise ApiError(400, f"target: {error}") from error
+        await self._vm(request).set_balloon_target(size)
+        if body.wait_s is not None:
+            await self._wait(
+                lambda: bool(balloon()["reached"]),
+                body.wait_s,
+                lambda: f"the guest is at {balloon()['actual']} bytes of {balloon()['target']}",
+            )
+        return json_response(balloon())
+
+    async def show_statistics(self, request: Request) -> Response:
+        balloon = self._balloon(request)
+        if _flag(request, "fresh", default=False):
+            if not self._writable:
+                await _refuse_change(request)
+            timeout_s = _seconds(request, "timeout_s", FRESH_TIMEOUT_DEFAULT_S)
+            seen = balloon()["stats_updates"]
+            await self._vm(request).request_statistics()
+            await self._wait(
+                lambda: bool(balloon()["stats_updates"] != seen),
+                timeout_s,
+                lambda: "the guest sent no statistics",
+            )
+        return json_response(balloon()["stats"])
+
+    async def hint(self, request: Request) -> Response:
+        balloon = self._balloon(request)
+        body = await _read_body(request, BalloonHint)
+        await self._vm(request).balloon_hint(body.action)
+        return json_response(balloon()["hint"])
+
+    async def stream_events(self, request: Request) -> Response:
+        if not self._writable and self._daemon.events.subscribers >= SUBSCRIBERS_MAX:
+            raise ApiError(503, f"{SUBSCRIBERS_MAX} listen already; that is the limit here")
+        after = request.headers.get("last-event-id", "")
+        if after and not (after.isascii() and after.isdigit() and len(after) < 20):
+            raise ApiError(400, "Last-Event-ID is a number")
+        recent = _flag(request, "recent", default=False)
+        return EventStreamResponse(
+            self._daemon.events,
+            vm=request.query_params.get("vm"),
+            after=int(after) if after else (0 if recent else None),
+            follow=_flag(request, "follow", default=True),
+        )
+
+    async def describe(self, request: Request) -> Response:
+        return json_response(openapi())
+
+    async def metrics(self, request: Request) -> Response:
+        statuses = [vm.status() for vm in self._daemon.vms().values()]
+        return Response(metrics_text(statuses), media_type=CONTENT_TYPE)
+
+    def _vm(self, request: Request) -> VmView:
+        name: str = request.path_params["vm"]
+        vm = self._daemon.vms().get(name)
+        if vm is None:
+            raise ApiError(404, f"no VM is called {name!r}")
+        return vm
+
+    def _balloon(self, request: Request) -> Callable[[], JsonObject]:
+        """Reads the VM's balloon status anew with each call."""
+        vm = self._vm(request)
+        if "balloon" not in vm.status():
+            raise ApiError(404, f"VM {request.path_params['vm']!r} has no balloon")
+        return lambda: vm.status()["balloon"]
+
+    async def _wait(
+        self, condition: Callable[[], bool], timeout_s: float, failure: Callable[[], str]
+    ) -> None:
+        """Wait until `condition` holds; it is looked at whenever something happened."""
+        with self._daemon.events.subscribe() as subscription, trio.move_on_after(timeout_s):
+            while not condition():
+                if not await subscription.receive():
+                    raise ApiError(503, "the daemon is stopping")
+        if not condition():
+            raise ApiError(504, f"{failure()} after {timeout_s:g} s")

@@ -1,0 +1,76 @@
+"""What the control API asks of the daemon. Protocols and values only; knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from vhostd.control.events import EventStream
+
+JsonObject: TypeAlias = dict[str, Any]
+
+
+class HintAction(StrEnum):
+    """What may be done with a free page hinting round."""
+
+    START = "start"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSocket:
+    """One device as a VMM's command line must describe it.
+
+    Attributes:
+        kind: "balloon".
+        id: the device's id in QEMU, unique in its VM.
+        path: absolute path of its vhost-user socket.
+    """
+
+    kind: str
+    id: str
+    path: Path
+    virtio_id: int
+    queue_count: int
+    config_size: int
+    queue_size: int
+
+
+class VmView(Protocol):
+    """One VM as the control API sees and changes it.
+
+    Methods that change something raise a VhostdError when they refuse; its text is the reason.
+    """
+
+    @property
+    def devices(self) -> Sequence[DeviceSocket]:
+        """The VM's devices, in the configuration's order."""
+
+    def status(self) -> JsonObject:
+        """The object `vhostctl --json status VM` prints, see verbs.VmStatus; never blocks."""
+
+    async def set_balloon_target(self, size: int) -> None:
+        """Set the balloon's size, in bytes; returns once the wish is on its way."""
+
+    async def request_statistics(self) -> None:
+        """Ask the guest for statistics; a "balloon_statistics" event tells when they came."""
+
+    async def balloon_hint(self, action: HintAction) -> None:
+        """Open or break off a free page hinting round."""
+
+
+class Daemon(Protocol):
+    """The daemon as the control API sees it.
+
+    Attributes:
+        events: where everything that happens to VMs is published.
+    """
+
+    @property
+    def events(self) -> EventStream: ...
+
+    def vms(self) -> Mapping[str, VmView]:
+        """All VMs by name, in the configuration's order."""

@@ -1,0 +1,137 @@
+"""What vhostctl shows to people: tables of VMs, balloons and statistics.
+
+JSON objects in, text on a rich console out. Must not know where they came from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, TypeAlias
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vhostd.units import format_size
+
+Object: TypeAlias = Mapping[str, Any]
+
+PIPE_WIDTH: Final = 200
+"""Columns where no terminal says otherwise: lines for grep are not folded."""
+
+_STATE_STYLE: Final = {
+    "waiting": "dim",
+    "connected": "cyan",
+    "running": "green",
+    "stopped": "yellow",
+    "quarantined": "bold red",
+}
+_COUNTS: Final = ("faults", "hugetlb", "oom", "stalls", "tag")
+"""Parts of the names of statistics that are no sizes."""
+
+
+def show(content: Table | str) -> None:
+    """Print to standard output, with colours on a terminal only and no blanks at line ends."""
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    with console.capture() as captured:
+        console.print(content)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def show_vms(vms: Sequence[Object]) -> None:
+    """One row a VM."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("VM")
+    table.add_column("STATE")
+    for heading in ("TARGET", "ACTUAL", "DISCARDED", "GUEST FREE"):
+        table.add_column(heading, justify="right")
+    for vm in vms:
+        balloon = vm.get("balloon", {})
+        free = balloon.get("stats", {}).get("free_memory")
+        table.add_row(
+            Text(vm["vm"]),
+            Text(vm["state"], _STATE_STYLE.get(vm["state"], "")),
+            *(_size(balloon.get(key)) for key in ("target", "actual", "discarded")),
+            _size(free),
+        )
+    show(table)
+
+
+def show_vm(vm: Object) -> None:
+    """One VM in full."""
+    rows: list[tuple[str, Text | str]] = [
+        ("VM", Text(vm["vm"])),
+        ("state", Text(vm["state"], _STATE_STYLE.get(vm["state"], ""))),
+    ]
+    if balloon := vm.get("balloon"):
+        rows += [
+            ("balloon target", _size(balloon["target"])),
+            ("balloon actual", f"{_size(balloon['actual'])} (the guest's word)"),
+            ("inflated", _size(balloon["inflated"])),
+            ("reported free", f"{_size(balloon['reported'])} ever"),
+            ("discarded", f"{_size(balloon['discarded'])} ever"),
+            ("features", ", ".join(balloon["features"]) or "none negotiated"),
+        ]
+    rows += [
+        (f"queue {index}", Text(f"quarantined: {fault}", "bold red"))
+        for index, fault in vm.get("faults", {}).items()
+    ]
+    _show_rows(rows)
+    if balloon and balloon["stats"]:
+        show("")
+        show_statistics(balloon["stats"])
+
+
+def show_statistics(statistics: Object) -> None:
+    """What a guest says about its memory."""
+    if not statistics:
+        show("the guest has sent no statistics yet")
+        return
+    _show_rows(
+        [
+            (name.replace("_", " "), str(value) if _is_count(name) else format_size(value))
+            for name, value in statistics.items()
+        ]
+    )
+
+
+def show_hint(hint: Object) -> None:
+    """A free page hinting round."""
+    _show_rows(
+        [
+            ("phase", hint["phase"]),
+            ("hinted", f"{format_size(hint['size'])} in {hint['blocks']} blocks"),
+            ("rounds finished", str(hint["rounds"])),
+        ]
+    )
+
+
+def event_line(event: Object) -> str:
+    """One event on one line: time, VM, name, and the rest as key=value."""
+    moment = datetime.fromtimestamp(event["time_s"], UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    rest = " ".join(
+        f"{key}={value}"
+        for key, value in event.items()
+        if key not in ("id", "time_s", "vm", "event")
+    )
+    return f"{moment} {event['vm']} {event['event']} {rest}".rstrip()
+
+
+def _show_rows(rows: Sequence[tuple[str, Text | str]]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value if isinstance(value, Text) else Text(value))
+    show(table)
+
+
+def _is_count(name: str) -> bool:
+    return any(part in name for part in _COUNTS)
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else format_size(size)

@@ -1,0 +1,257 @@
+"""The one table of the control API: method, path, who may call it, what goes in and comes out.
+
+The application's routes and /openapi.json are both made from it. Holds no behaviour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vhostd import __version__
+from vhostd.control.interface import HintAction, JsonObject
+
+WAIT_MAX_S: Final = 3600.0
+FRESH_TIMEOUT_DEFAULT_S: Final = 5.0
+
+State = Literal["waiting", "connected", "running", "stopped", "quarantined"]
+
+
+class BalloonTarget(msgspec.Struct, forbid_unknown_fields=True):
+    """Set the balloon's size; with wait_s, answer only once the guest reached it."""
+
+    target: Annotated[int, Meta(ge=0)] | str
+    wait_s: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] | None = None
+
+
+class BalloonHint(msgspec.Struct, forbid_unknown_fields=True):
+    """Open a free page hinting round, or break it off."""
+
+    action: HintAction = HintAction.START
+
+
+class Failure(msgspec.Struct):
+    """Why a request was not fulfilled, on one line."""
+
+    error: str
+
+
+class HintStatus(msgspec.Struct):
+    """The current or latest free page hinting round; size in bytes."""
+
+    phase: Literal["idle", "requested", "running"]
+    command: int
+    size: int
+    blocks: int
+    ignored_blocks: int
+    rounds: int
+
+
+class QueueCounters(msgspec.Struct):
+    """What happened on one virtqueue."""
+
+    kicks: int
+    chains: int
+    used: int
+    calls: int
+    calls_dropped: int
+    faults: int
+    rejected: int
+
+
+class BalloonStatus(msgspec.Struct):
+    """A balloon; all sizes in bytes. `actual` and `stats` are what the guest says."""
+
+    target: int
+    actual: int
+    inflated: int
+    reported: int
+    discarded: int
+    stats: dict[str, int]
+    features: list[str]
+    reached: bool
+    guest_memory: int
+    poison_value: int
+    stats_received_s: float
+    stats_updates: int
+    hint: HintStatus
+    counters: dict[str, int]
+    queues: dict[str, QueueCounters]
+
+
+class VmStatus(msgspec.Struct):
+    """One VM. `queues` above is by role; `faults` says by index which rings are quarantined."""
+
+    vm: str
+    state: State
+    balloon: BalloonStatus
+    mem: list[dict[str, Any]]
+    pmem: list[dict[str, Any]]
+    connections: int
+    faults: dict[str, str]
+    messages_refused: int
+
+
+class DeviceDescription(msgspec.Struct):
+    """One device as a VMM's command line must describe it."""
+
+    kind: str
+    id: str
+    path: str
+    virtio_id: int
+    queue_count: int
+    config_size: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One parameter of a query string; `schema` is JSON schema."""
+
+    name: str
+    summary: str
+    schema: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One request.
+
+    Attributes:
+        name: the handler's name in api.py, and the operationId.
+        changes: refused on the read-only socket.
+        body, answer: types of the JSON that goes in and comes out.
+        media: what comes out where it isn't JSON.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    answer: Any = None
+    body: type[msgspec.Struct] | None = None
+    changes: bool = False
+    query: tuple[Query, ...] = ()
+    media: str = "application/json"
+
+
+_FLAG: Final = {"type": "string", "enum": ["0", "1"]}
+
+VERBS: Final = (
+    Verb("GET", "/v1/vms", "list_vms", "All VMs.", answer=list[VmStatus]),
+    Verb("GET", "/v1/vms/{vm}", "show_vm", "One VM.", answer=VmStatus),
+    Verb(
+        "GET",
+        "/v1/vms/{vm}/devices",
+        "list_devices",
+        "Its devices, as a VMM's command line must describe them.",
+        answer=list[DeviceDescription],
+    ),
+    Verb("GET", "/v1/vms/{vm}/balloon", "show_balloon", "Its balloon.", answer=BalloonStatus),
+    Verb(
+        "PUT",
+        "/v1/vms/{vm}/balloon",
+        "set_balloon",
+        "Set the balloon's size: bytes, or text such as 512M.",
+        body=BalloonTarget,
+        answer=BalloonStatus,
+        changes=True,
+    ),
+    Verb(
+        "GET",
+        "/v1/vms/{vm}/balloon/stats",
+        "show_statistics",
+        "What the guest says about its memory.",
+        answer=dict[str, int],
+        query=(
+            Query("fresh", "1: ask the guest now (not on the read-only socket)", _FLAG),
+            Query("timeout_s", "how long to wait for it", {"type": "number", "minimum": 0}),
+        ),
+    ),
+    Verb(
+        "POST",
+        "/v1/vms/{vm}/balloon/hint",
+        "hint",
+        "Open a free page hinting round, or break it off.",
+        body=BalloonHint,
+        answer=HintStatus,
+        changes=True,
+    ),
+    Verb(
+        "GET",
+        "/v1/events",
+        "stream_events",
+        "Everything that happens, as server-sent events; Last-Event-ID is honoured.",
+        query=(
+            Query("vm", "only this VM's", {"type": "string"}),
+            Query("recent", "1: begin with the latest events", _FLAG),
+            Query("follow", "0: end instead of waiting for more", _FLAG),
+        ),
+        media="text/event-stream",
+    ),
+    Verb(
+        "GET",
+        "/openapi.json",
+        "describe",
+        "This description.",
+        answer=dict[str, Any],
+    ),
+    Verb("GET", "/metrics", "metrics", "Prometheus text.", media="text/plain"),
+)
+
+
+def openapi() -> JsonObject:
+    """The API's description, OpenAPI 3.1."""
+    types = [item for verb in VERBS for item in (verb.body, verb.answer) if item is not None]
+    schemas, components = msgspec.json.schema_components(
+        [*types, Failure], ref_template="#/components/schemas/{name}"
+    )
+    of_type = dict(zip(map(repr, [*types, Failure]), schemas, strict=True))
+    paths: dict[str, JsonObject] = {}
+    for verb in VERBS:
+        paths.setdefault(verb.path, {})[verb.method.lower()] = _operation(verb, of_type)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "vhostd control API", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def _operation(verb: Verb, of_type: dict[str, JsonObject]) -> JsonObject:
+    content: JsonObject = {"schema": {"type": "string"}}
+    if verb.answer is not None:
+        content = {"schema": of_type[repr(verb.answer)]}
+    failure = {"application/json": {"schema": of_type[repr(Failure)]}}
+    operation: JsonObject = {
+        "operationId": verb.name,
+        "summary": verb.summary,
+        "responses": {
+            "200": {"description": "Done.", "content": {verb.media: content}},
+            "default": {"description": "Not done.", "content": failure},
+        },
+    }
+    parameters = [
+        {"name": "vm", "in": "path", "required": True, "schema": {"type": "string"}}
+        for _ in range(verb.path.count("{vm}"))
+    ]
+    parameters += [
+        {
+            "name": query.name,
+            "in": "query",
+            "description": query.summary,
+            "schema": query.schema,
+        }
+        for query in verb.query
+    ]
+    if parameters:
+        operation["parameters"] = parameters
+    if verb.body is not None:
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": of_type[repr(verb.body)]}},
+        }
+    return operation
