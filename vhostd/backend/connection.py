@@ -1,0 +1,269 @@
+"""One VMM connection of one device, from accept to hang-up.
+
+The way of a message: transport hands it in, the session makes a step of it, the performer does what
+the step says, the reply goes out. Must not know what any message means.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import trio
+
+from vhostd import _native
+from vhostd.backend.effects import EffectPerformer
+from vhostd.backend.journal import Journal
+from vhostd.backend.memory_table import DeviceMemory
+from vhostd.backend.notifier import ConfigNotifier
+from vhostd.backend.performer import ActionPerformer
+from vhostd.backend.rings import Rings
+from vhostd.backend.worker import VmWorker
+from vhostd.devices.balloon import Balloon
+from vhostd.devices.base import Chain, Role
+from vhostd.errors import FrontendError, GuestError, HostError
+from vhostd.log import LogEvent
+from vhostd.memory.registry import MemoryRegistry
+from vhostd.protocol.framing import Message
+from vhostd.session.machine import SessionMachine
+from vhostd.session.plan import Offer
+from vhostd.session.state import SessionState
+from vhostd.transport.connection import Connection
+from vhostd.transport.stream import Disconnected
+
+NO_COUNTERS: Final = _native.BalloonCounters().as_dict()
+"""What the counters are while no VMM is connected."""
+
+CHAINS_PER_TURN_MAX: Final = 64
+"""Chains of one queue that Python serves before other queues, VMs and timers get their turn."""
+
+
+class DeviceConnection:
+    """Everything that exists for one connection, and no longer than it.
+
+    Attributes:
+        effects: performs what the device wants done, also when an operator is the cause.
+        notifier: config-change messages.
+        messages_refused: requests of the VMM that were refused.
+    """
+
+    def __init__(
+        self,
+        vm_name: str,
+        connection: Connection,
+        device: Balloon,
+        worker: VmWorker,
+        registry: MemoryRegistry,
+        journal: Journal,
+    ) -> None:
+        self._connection = connection
+        self._device = device
+        self._worker = worker
+        self._journal = journal
+        self._native = _native.Device(
+            device.queue_count, device.config_size, device.config_writable
+        )
+        self._native.publish_config(0, device.config())
+        self._machine = SessionMachine(
+            Offer(device.offered_features, device.queue_count, device.config_size)
+        )
+        self._rings = Rings(self._native, device.queue_count)
+        self.notifier = ConfigNotifier()
+        self.effects = EffectPerformer(self._native, device, self.notifier, journal)
+        self._performer = ActionPerformer(
+            worker,
+            self._native,
+            device,
+            DeviceMemory(vm_name, registry, worker, self._native),
+            self._rings,
+            self.notifier,
+            self.effects,
+            connection.fileno(),
+        )
+        self._socket_needs_us = trio.Event()
+        self._chains_left = trio.Event()
+        self._faults_told: set[int] = set()
+        self.messages_refused = 0
+
+    @property
+    def state(self) -> SessionState:
+        """What was negotiated."""
+        return self._machine.state
+
+    @property
+    def hung_up(self) -> bool:
+        """The VMM has gone, though what it left behind may still be being cleared away."""
+        return self._connection.hung_up
+
+    @property
+    def faults(self) -> dict[int, str]:
+        """Quarantined rings and what was wrong with them."""
+        return {
+            index: fault.name.lower()
+            for index in sorted(self._rings.started)
+            if (fault := self._native.ring_statistics(index).fault) is not _native.Fault.NONE
+        }
+
+    def balloon_counters(self) -> dict[str, int]:
+        """Counters of the native data plane, named as in struct vhd_balloon_counters."""
+        return self._native.balloon_counters().as_dict()
+
+    def queues(self) -> dict[str, dict[str, int]]:
+        """Counters of every started queue, by its role, or its index while that is not known."""
+        roles = self._device.roles(self._performer.features, self._rings.started)
+        return {
+            roles[index].value if index in roles else str(index): self._native.ring_statistics(
+                index
+            ).counters()
+            for index in sorted(self._rings.started)
+        }
+
+    async def run(self) -> None:
+        """Serve until the VMM hangs up or breaks the protocol; everything is released then."""
+        try:
+            await self._worker.attach(self._native, self._on_events)
+            try:
+                async with self._worker.parked():
+                    self._native.set_socket(self._connection.fileno())
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.notifier.run)
+                    nursery.start_soon(self._keep_time)
+                    nursery.start_soon(self._serve_chains_left)
+                    await self._serve_messages()
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._worker.detach(self._native)
+        finally:
+            if self._performer.started:
+                self._device.on_stopped()
+            self._performer.close()
+            self._native.close()
+            self._connection.close()
+
+    # -- messages ------------------------------------------------------------------------------
+
+    async def _serve_messages(self) -> None:
+        while True:
+            try:
+                message = await self._connection.receive()
+                if message is not None:
+                    await self._handle(message)
+                    continue
+            except Disconnected:
+                return
+            except (FrontendError, HostError) as error:
+                self._journal.log.error(
+                    LogEvent.FRONTEND_ERROR,
+                    error=str(error),
+                    consequence="connection closed; the guest's next reboot will end QEMU",
+                )
+                return
+            self._socket_needs_us = trio.Event()
+            self._native.arm_socket()
+            await self._socket_needs_us.wait()
+
+    async def _handle(self, message: Message) -> None:
+        step = self._machine.on_message(message)
+        refusal: Exception | None = step.refusal
+        try:
+            outcomes = [await self._performer.perform(action) for action in step.actions]
+        except (FrontendError, HostError) as error:
+            refusal = error
+            reply = self._machine.refuse(step)
+        else:
+            reply = self._machine.commit(step, outcomes)
+        if refusal is not None:
+            self.messages_refused += 1
+            self._journal.guest_caused(
+                "refused", LogEvent.FRONTEND_ERROR, message=message.name, error=str(refusal)
+            )
+        self._faults_told &= self._rings.started
+        if reply is not None:
+            await self._connection.send(reply)
+
+    # -- what the native worker reports --------------------------------------------------------
+
+    def _on_events(self, events: _native.Event) -> None:
+        if events & _native.Event.SOCKET:
+            self._socket_needs_us.set()
+        if events & _native.Event.CONFIG:
+            self.effects.perform(self._device.on_config_written(self._native.read_config()))
+        if events & _native.Event.CHAINS:
+            self._serve_chains()
+        if events & _native.Event.FAULT:
+            self._tell_faults()
+        if events & _native.Event.HOST_ERROR:
+            self._tell_discard_errors()
+
+    def _serve_chains(self) -> None:
+        roles = self._device.roles(self._performer.features, self._rings.started)
+        for index, role in roles.items():
+            if role in (Role.STATISTICS, Role.FREE_PAGE_HINT):
+                self._serve_queue(index, role)
+
+    def _serve_queue(self, index: int, role: Role) -> None:
+        for _ in range(CHAINS_PER_TURN_MAX):
+            taken = self._native.take_chain(index)
+            if taken is None:
+                return
+            chain = Chain(
+                queue_index=index,
+                role=role,
+                token=taken.token,
+                data=taken.data,
+                readable_size=taken.readable_size,
+                writable_count=taken.writable_count,
+                writable_size=taken.writable_size,
+                writable_addr=taken.writable_addr,
+            )
+            try:
+                effects = self._device.on_chain(chain, time.time())
+            except GuestError as error:
+                self.effects.refuse_chain(chain)
+                self._journal.guest_caused(
+                    (index, "chain"), LogEvent.CHAIN_REJECTED, queue=index, error=str(error)
+                )
+            else:
+                self.effects.perform(effects)
+        self._chains_left.set()
+
+    async def _serve_chains_left(self) -> None:
+        while True:
+            await self._chains_left.wait()
+            self._chains_left = trio.Event()
+            self._serve_chains()
+            await trio.lowlevel.checkpoint()
+
+    def _tell_faults(self) -> None:
+        for index, fault in self.faults.items():
+            if index not in self._faults_told:
+                self._faults_told.add(index)
+                self._journal.guest_caused(
+                    (index, "fault"),
+                    LogEvent.QUEUE_QUARANTINED,
+                    queue=index,
+                    fault=fault,
+                    consequence="the queue stands still until the driver sets it up again",
+                )
+
+    def _tell_discard_errors(self) -> None:
+        counters = self.balloon_counters()
+        self._journal.guest_caused(
+            "discard",
+            LogEvent.DISCARD_FAILED,
+            errors=counters["discard_errors"],
+            errno=counters["discard_errno"],
+            consequence="these pages stay resident on the host",
+        )
+
+    async def _keep_time(self) -> None:
+        interval_s = self._device.timer_interval_s
+        if interval_s <= 0:
+            return
+        # Beats of a fixed grid, so that a slow turn does not shift all later ones.
+        beat_s = trio.current_time()
+        while True:
+            beat_s = max(beat_s + interval_s, trio.current_time())
+            await trio.sleep_until(beat_s)
+            self.effects.perform(self._device.on_timer())

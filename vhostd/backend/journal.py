@@ -1,0 +1,38 @@
+"""What one VM has to tell: log lines, limited where a guest or VMM can cause them, and its news.
+
+Knows the rate limit and who listens. Must not know what any of it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import structlog
+
+from vhostd.log import RateLimiter, get_logger
+
+OnNews = Callable[[str, str, dict[str, Any]], None]
+"""Called with VM name, event name, fields; must not block."""
+
+
+class Journal:
+    """A VM's log and news."""
+
+    def __init__(self, vm_name: str, limiter: RateLimiter, on_news: OnNews) -> None:
+        self._vm_name = vm_name
+        self._limiter = limiter
+        self._on_news = on_news
+        self.log: structlog.typing.FilteringBoundLogger = get_logger(vm=vm_name)
+
+    def guest_caused(self, key: Hashable, event: str, **fields: object) -> None:
+        """A line that a guest or VMM can cause as often as it likes: one a second for each key."""
+        suppressed = self._limiter.admit((self._vm_name, key))
+        if suppressed is not None:
+            if suppressed:
+                fields["suppressed"] = suppressed
+            self.log.warning(event, **fields)
+
+    def publish(self, event: str, fields: dict[str, Any]) -> None:
+        """Tell whoever listens to the event stream."""
+        self._on_news(self._vm_name, event, fields)

@@ -1,0 +1,100 @@
+"""One device's memory table: which regions it holds, put into the native device as a whole.
+
+Knows regions and their files. Must not know messages, rings or other devices.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from vhostd import _native
+from vhostd.errors import FrontendError
+from vhostd.memory.registry import HeldRegion, MemoryRegistry, RegionRequest
+from vhostd.protocol.wire import MemoryRegion
+from vhostd.session.actions import FileIdentity, RegionSource
+
+
+class Parkable(Protocol):
+    """Something that can hold a VM's worker still."""
+
+    def parked(self) -> AbstractAsyncContextManager[None]:
+        """Inside the block the worker stands between two chains."""
+
+
+class DeviceMemory:
+    """The memory table of one native device, with its hold on the files."""
+
+    def __init__(
+        self, vm_name: str, registry: MemoryRegistry, worker: Parkable, device: _native.Device
+    ) -> None:
+        self._vm_name = vm_name
+        self._registry = registry
+        self._worker = worker
+        self._device = device
+        self._slots: dict[MemoryRegion, HeldRegion] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of guest memory in all regions."""
+        return sum(region.size for region in self._slots)
+
+    async def replace(self, sources: tuple[RegionSource, ...]) -> tuple[FileIdentity, ...]:
+        """Make these regions the table; the descriptors that came with them are closed.
+
+        Returns:
+            The file behind each region, in order.
+
+        Raises:
+            FrontendError: a region can't be mapped, or a started ring is not inside the new table.
+                Nothing changed then, and the descriptors stay the caller's.
+        """
+        taken: list[HeldRegion] = []
+        slots: dict[MemoryRegion, HeldRegion] = {}
+        try:
+            for source in sources:
+                if source.file is None:
+                    slots[source.region] = self._slots[source.region]
+                    continue
+                region = source.region
+                request = RegionRequest(
+                    region.guest_addr, region.size, region.file_offset, source.file
+                )
+                held = await self._registry.hold(self._vm_name, request)
+                taken.append(held)
+                slots[region] = held
+            await self._install(slots)
+        except BaseException:
+            for held in taken:
+                held.release()
+            raise
+        old, self._slots = self._slots, slots
+        kept = set(map(id, slots.values()))
+        for held in old.values():
+            if id(held) not in kept:
+                held.release()
+        for source in sources:
+            if source.file is not None:
+                source.file.close()
+        return tuple(
+            FileIdentity(slots[source.region].device, slots[source.region].inode)
+            for source in sources
+        )
+
+    async def _install(self, slots: dict[MemoryRegion, HeldRegion]) -> None:
+        async with self._worker.parked():
+            try:
+                self._device.set_regions([held.region for held in slots.values()])
+            except OSError as error:
+                if error.errno not in (errno.EFAULT, errno.EINVAL):
+                    raise
+                raise FrontendError(
+                    "memory table: a started ring would not lie in guest memory any more"
+                ) from error
+
+    def release(self) -> None:
+        """Let go of all files; the native device is detached and never runs again."""
+        slots, self._slots = self._slots, {}
+        for held in slots.values():
+            held.release()

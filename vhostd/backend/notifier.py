@@ -1,0 +1,69 @@
+"""Config-change messages to the VMM: only while it bears them, one under way at most.
+
+QEMU 11.1's generic vhost-user device crashes on one that arrives while the device is not started
+(it has no VirtIODevice to notify then), so a wish waits behind a gate until the device runs.
+Knows the back-end channel. Must not know why anybody wants a message sent.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from vhostd.protocol.requests import BackendRequest
+from vhostd.transport.backend_channel import BackendChannel, ChannelClosed
+
+
+class ConfigNotifier:
+    """Coalesces wishes into CONFIG_CHANGE messages.
+
+    Attributes:
+        sent: messages that went out.
+        refused: of these, how many the VMM answered with an error.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.refused = 0
+        self._wanted = False
+        self._open = False
+        self._channel: BackendChannel | None = None
+        self._changed = trio.Event()
+
+    def want(self) -> None:
+        """Ask for one message; several wishes before it goes out are one."""
+        self._wanted = True
+        self._changed.set()
+
+    def open(self) -> None:
+        """The device is started."""
+        self._open = True
+        self._changed.set()
+
+    def close(self) -> None:
+        """The VMM begins to stop the device: from this moment nothing may be sent."""
+        self._open = False
+
+    def use(self, channel: BackendChannel | None) -> None:
+        """Send through this channel from now on; the old one is closed."""
+        old, self._channel = self._channel, channel
+        if old is not None:
+            old.close()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Send what is wanted, until cancelled. A channel the VMM breaks is given up alone."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            while self._wanted and self._open and self._channel is not None:
+                self._wanted = False
+                channel = self._channel
+                try:
+                    verdict = await channel.request(BackendRequest.CONFIG_CHANGE_MSG)
+                except ChannelClosed:
+                    if self._channel is channel:
+                        self.use(None)
+                    continue
+                self.sent += 1
+                if verdict:
+                    self.refused += 1

@@ -1,0 +1,216 @@
+"""Performs the actions of a session step on the native device, one at a time.
+
+Each action's contract is in vhostd/session/actions.py. Decides nothing: what to do came from the
+session, what a device makes of it comes from the device.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+
+from vhostd import _native
+from vhostd.backend.effects import EffectPerformer
+from vhostd.backend.memory_table import DeviceMemory
+from vhostd.backend.notifier import ConfigNotifier
+from vhostd.backend.rings import Rings
+from vhostd.backend.worker import VmWorker
+from vhostd.devices.base import Device
+from vhostd.errors import FrontendError
+from vhostd.fds import OwnedFd
+from vhostd.protocol.wire import Log
+from vhostd.session import actions
+from vhostd.session.actions import Action, Outcome
+from vhostd.transport.backend_channel import BackendChannel
+
+
+class ActionPerformer:
+    """One connection's hands.
+
+    Attributes:
+        features: virtio features in force.
+        started: back-end requests may be sent, and chains are served.
+    """
+
+    def __init__(
+        self,
+        worker: VmWorker,
+        native: _native.Device,
+        device: Device,
+        memory: DeviceMemory,
+        rings: Rings,
+        notifier: ConfigNotifier,
+        effects: EffectPerformer,
+        connection_fd: int,
+    ) -> None:
+        self._worker = worker
+        self._native = native
+        self._device = device
+        self._memory = memory
+        self._rings = rings
+        self._notifier = notifier
+        self._effects = effects
+        self._connection_fd = connection_fd
+        self._log: _native.Log | None = None
+        self._logging = False
+        self._fresh_driver = False
+        self.features = 0
+        self.started = False
+        self._by_type: dict[type[Action], Callable[..., Awaitable[Outcome]]] = {
+            actions.SetRegions: self._set_regions,
+            actions.SetLog: self._set_log,
+            actions.SetLogging: self._set_logging,
+            actions.StartRing: self._start_ring,
+            actions.RestartRing: self._restart_ring,
+            actions.StopRing: self._stop_ring,
+            actions.EnableRing: self._enable_ring,
+            actions.SetRingCall: self._set_ring_call,
+            actions.SetRingErr: self._set_ring_err,
+            actions.SetBackendChannel: self._set_backend_channel,
+            actions.ConfigureConfigSpace: self._configure_config_space,
+            actions.GetConfig: self._get_config,
+            actions.SetConfig: self._set_config,
+            actions.FeaturesSettled: self._features_settled,
+            actions.DeviceStarted: self._device_started,
+            actions.DeviceStopped: self._device_stopped,
+            actions.DeviceReset: self._device_reset,
+        }
+
+    async def perform(self, action: Action) -> Outcome:
+        """Do it; what it gives is the action's outcome.
+
+        Raises:
+            FrontendError, HostError: it can't be done and nothing changed.
+        """
+        return await self._by_type[type(action)](action)
+
+    def close(self) -> None:
+        """Let go of everything; the native device is detached."""
+        self._notifier.use(None)
+        self._rings.close()
+        self._memory.release()
+        if self._log is not None:
+            self._log.close()
+
+    # -- memory --------------------------------------------------------------------------------
+
+    async def _set_regions(self, action: actions.SetRegions) -> Outcome:
+        identities = await self._memory.replace(action.regions)
+        self._effects.on_guest_memory(self._memory.size)
+        return identities
+
+    async def _set_log(self, action: actions.SetLog) -> None:
+        log = _open_log(action.log, action.file)
+        async with self._worker.parked():
+            self._native.set_log(log, self._logging)
+        old, self._log = self._log, log
+        if old is not None:
+            old.close()
+        action.file.close()
+
+    async def _set_logging(self, action: actions.SetLogging) -> None:
+        self._logging = action.enabled
+        async with self._worker.parked():
+            self._native.set_log(self._log, self._logging)
+
+    # -- rings ---------------------------------------------------------------------------------
+
+    async def _start_ring(self, action: actions.StartRing) -> None:
+        async with self._worker.parked():
+            self._rings.start(action.setup, action.kick)
+            if not self.started:
+                self._fresh_driver |= action.evidence.fresh_driver
+            self._rings.assign(self._device.roles(self.features, self._rings.started))
+            if action.setup.enabled:
+                self._serve(action.setup.index)
+
+    async def _restart_ring(self, action: actions.RestartRing) -> None:
+        async with self._worker.parked():
+            self._rings.restart(action.setup, action.kick)
+
+    async def _stop_ring(self, action: actions.StopRing) -> Outcome:
+        async with self._worker.parked():
+            return self._rings.stop(action.index)
+
+    async def _enable_ring(self, action: actions.EnableRing) -> None:
+        async with self._worker.parked():
+            if action.enabled:
+                self._serve(action.index)
+            else:
+                self._rings.enable(action.index, enabled=False)
+
+    def _serve(self, index: int) -> None:
+        # A new driver's first request must meet an empty balloon, so this comes before the ring
+        # is looked at.
+        if self._fresh_driver:
+            self._fresh_driver = False
+            self._effects.perform(self._device.on_driver_reset())
+        self._rings.enable(index, enabled=True)
+
+    async def _set_ring_call(self, action: actions.SetRingCall) -> None:
+        async with self._worker.parked():
+            self._rings.set_call(action.index, action.file)
+
+    async def _set_ring_err(self, action: actions.SetRingErr) -> None:
+        async with self._worker.parked():
+            self._rings.set_err(action.index, action.file)
+
+    # -- config space and back-end channel -----------------------------------------------------
+
+    async def _set_backend_channel(self, action: actions.SetBackendChannel) -> None:
+        channel = BackendChannel.adopt(
+            action.file, reply_ack=action.reply_ack, connection_fd=self._connection_fd
+        )
+        self._notifier.use(channel)
+
+    async def _configure_config_space(self, action: actions.ConfigureConfigSpace) -> None:
+        self._native.configure_socket(action.hot, action.reply_ack)
+
+    async def _get_config(self, action: actions.GetConfig) -> Outcome:
+        return self._native.read_config()[action.offset : action.offset + action.size]
+
+    async def _set_config(self, action: actions.SetConfig) -> None:
+        old = self._native.read_config()
+        new = bytearray(old)
+        for at, byte in enumerate(action.content, action.offset):
+            mask = 0xFF if action.migration else self._device.config_writable[at]
+            new[at] = (old[at] & ~mask) | (byte & mask)
+        self._native.publish_config(0, bytes(new))
+        self._effects.perform(self._device.on_config_written(bytes(new)))
+
+    # -- the device's life ---------------------------------------------------------------------
+
+    async def _features_settled(self, action: actions.FeaturesSettled) -> None:
+        self.features = action.features
+        self._effects.perform(self._device.on_features(action.features))
+
+    async def _device_started(self, action: actions.DeviceStarted) -> None:
+        del action
+        self.started = True
+        self._effects.perform(self._device.on_started())
+        self._notifier.open()
+
+    async def _device_stopped(self, action: actions.DeviceStopped) -> None:
+        del action
+        self.started = False
+        self._notifier.close()
+        self._effects.perform(self._device.on_stopped())
+
+    async def _device_reset(self, action: actions.DeviceReset) -> None:
+        del action
+        async with self._worker.parked():
+            self._effects.perform(self._device.on_driver_reset())
+
+
+def _open_log(window: Log, file: OwnedFd) -> _native.Log:
+    """Map the dirty log.
+
+    Raises:
+        FrontendError: the file is none that can be mapped, or shorter than the window.
+    """
+    try:
+        return _native.Log(file.fileno(), window.size, window.file_offset)
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EINVAL)
+        raise FrontendError(f"dirty log: its file cannot be mapped: {reason}") from error

@@ -1,0 +1,198 @@
+"""The rings of one connection: their eventfds, and which native handler runs each.
+
+Performs what the session decided about rings on the native device; the worker must be parked
+around every call that says so. Must not know messages or what a device does with a chain.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from vhostd import _native
+from vhostd.devices.base import Role
+from vhostd.errors import FrontendError
+from vhostd.fds import OwnedFd
+from vhostd.protocol.features import VirtioFeature
+from vhostd.session.actions import RingPosition, RingSetup
+from vhostd.transport.eventfd import check_eventfd
+
+HANDLER_OF: Final = {
+    Role.INFLATE: _native.Handler.INFLATE,
+    Role.DEFLATE: _native.Handler.DEFLATE,
+    Role.REPORTING: _native.Handler.REPORT,
+    Role.STATISTICS: _native.Handler.CONTROL,
+    # Its descriptors are free blocks of guest memory, not buffers to read or write.
+    Role.FREE_PAGE_HINT: _native.Handler.CONTROL_BLOCKS,
+}
+
+_RING_FEATURE: Final = {
+    VirtioFeature.RING_PACKED: _native.RingFeature.PACKED,
+    VirtioFeature.RING_EVENT_IDX: _native.RingFeature.EVENT_IDX,
+    VirtioFeature.RING_INDIRECT_DESC: _native.RingFeature.INDIRECT,
+    VirtioFeature.IN_ORDER: _native.RingFeature.IN_ORDER,
+}
+
+
+@dataclass(slots=True)
+class _Eventfds:
+    """What the VMM gave for one ring; the native side borrows them."""
+
+    kick: OwnedFd | None = None
+    call: OwnedFd | None = None
+    err: OwnedFd | None = None
+
+    def close(self) -> None:
+        for file in (self.kick, self.call, self.err):
+            if file is not None:
+                file.close()
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn the native side's verdict on a VMM's values into a refusal."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EFAULT):
+            raise
+        raise FrontendError(f"{what}: not a legal ring, or not inside guest memory") from error
+
+
+class Rings:
+    """All rings of one device. started holds the indexes the VMM has started."""
+
+    def __init__(self, device: _native.Device, queue_count: int) -> None:
+        self._device = device
+        self._eventfds = [_Eventfds() for _ in range(queue_count)]
+        self._handlers: dict[int, _native.Handler] = {}
+        self.started: set[int] = set()
+
+    def close(self) -> None:
+        """Close every eventfd; the device is detached."""
+        for eventfds in self._eventfds:
+            eventfds.close()
+
+    def start(self, setup: RingSetup, kick: OwnedFd) -> None:
+        """Start a stopped ring; it is served once it has a handler and is enabled. Parked.
+
+        Raises:
+            FrontendError: kick is no eventfd, or the parts do not lie in guest memory. The kick
+                stays the caller's then.
+        """
+        check_eventfd(kick, "kick")
+        with _refusing(f"ring {setup.index}"):
+            self._device.start_ring(setup.index, self._native_setup(setup, kick, setup.position))
+        self._eventfds[setup.index].kick = kick
+        self.started.add(setup.index)
+        self._handlers[setup.index] = _native.Handler.NONE
+
+    def restart(self, setup: RingSetup, kick: OwnedFd | None) -> None:
+        """Stop a ring and start it where it stood, with other settings. Parked.
+
+        Raises:
+            FrontendError: as start(); the ring goes on as it was then.
+        """
+        eventfds = self._eventfds[setup.index]
+        old = eventfds.kick
+        if kick is not None:
+            check_eventfd(kick, "kick")
+        new = kick or old
+        assert new is not None, "a started ring has a kick"
+        position = self._device.stop_ring(setup.index)
+        where = RingPosition(
+            position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
+        )
+        self._device.start_ring(setup.index, self._native_setup(setup, new, where))
+        self._device.set_handler(setup.index, self._handlers[setup.index])
+        self._device.enable_ring(setup.index, setup.enabled)
+        eventfds.kick = new
+        if kick is not None and old is not None:
+            old.close()
+
+    def stop(self, index: int) -> RingPosition:
+        """Stop a ring, close its kick and call, say where it stood. Parked."""
+        position = self._device.stop_ring(index)
+        eventfds = self._eventfds[index]
+        for file in (eventfds.kick, eventfds.call):
+            if file is not None:
+                file.close()
+        eventfds.kick = eventfds.call = None
+        self.started.discard(index)
+        self._handlers.pop(index, None)
+        return RingPosition(
+            position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
+        )
+
+    def enable(self, index: int, enabled: bool) -> None:
+        """Serve a started ring, or stop serving it. Parked."""
+        self._device.enable_ring(index, enabled)
+
+    def set_call(self, index: int, file: OwnedFd | None) -> None:
+        """Use another call eventfd. Parked.
+
+        Raises:
+            FrontendError: it is no eventfd.
+        """
+        if file is not None:
+            check_eventfd(file, "call")
+        eventfds = self._eventfds[index]
+        self._device.set_call(index, _number(file))
+        old, eventfds.call = eventfds.call, file
+        if old is not None:
+            old.close()
+
+    def set_err(self, index: int, file: OwnedFd | None) -> None:
+        """Use another err eventfd. Parked.
+
+        Raises:
+            FrontendError: it is no eventfd.
+        """
+        if file is not None:
+            check_eventfd(file, "err")
+        eventfds = self._eventfds[index]
+        self._device.set_err(index, _number(file))
+        old, eventfds.err = eventfds.err, file
+        if old is not None:
+            old.close()
+
+    def assign(self, roles: Mapping[int, Role]) -> None:
+        """Give every started ring whose role is known its handler. Parked."""
+        for index in self.started:
+            handler = HANDLER_OF[roles[index]] if index in roles else _native.Handler.NONE
+            if self._handlers[index] is not handler:
+                self._handlers[index] = handler
+                self._device.set_handler(index, handler)
+
+    def _native_setup(
+        self, setup: RingSetup, kick: OwnedFd, position: RingPosition
+    ) -> _native.RingSetup:
+        features = _native.RingFeature(0)
+        for virtio, ring in _RING_FEATURE.items():
+            if setup.features & virtio:
+                features |= ring
+        if setup.log_used:
+            features |= _native.RingFeature.LOG_USED
+        eventfds = self._eventfds[setup.index]
+        return _native.RingSetup(
+            size=setup.size,
+            features=features,
+            desc_addr=setup.addresses.desc,
+            avail_addr=setup.addresses.avail,
+            used_addr=setup.addresses.used,
+            log_addr=setup.log_addr,
+            position=_native.RingPosition(
+                position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
+            ),
+            handler=_native.Handler.NONE,
+            kick_fd=kick.fileno(),
+            call_fd=_number(eventfds.call),
+            err_fd=_number(eventfds.err),
+        )
+
+
+def _number(file: OwnedFd | None) -> int:
+    return -1 if file is None else file.fileno()

@@ -1,0 +1,153 @@
+"""Which VM owns which guest memory file, and the one mapping of it.
+
+Knows files and mappings. Must not know sockets, rings or what a region is used for.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+import trio
+
+from vhostd._native import Mapping, Region
+from vhostd.errors import FrontendError
+from vhostd.fds import OwnedFd
+from vhostd.units import BALLOON_PAGE_SIZE
+
+_MAPPING_THREADS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRequest:
+    """A slot of guest RAM as a VMM announced it, with its file.
+
+    All numbers are bytes. `file` stays the caller's.
+    """
+
+    guest_addr: int
+    size: int
+    file_offset: int
+    file: OwnedFd
+
+
+@dataclass(slots=True, eq=False)
+class _MemoryFile:
+    """A mapped file; users is how many regions hold it."""
+
+    identity: tuple[int, int]
+    owner: str
+    mapping: Mapping
+    users: int = 0
+
+
+class HeldRegion:
+    """A region whose file stays mapped until release().
+
+    Attributes:
+        region: what the native side needs to know of it.
+        device, inode: st_dev and st_ino of its file.
+    """
+
+    def __init__(self, registry: MemoryRegistry, file: _MemoryFile, region: Region) -> None:
+        self._registry = registry
+        self._file: _MemoryFile | None = file
+        self.region = region
+        self.device, self.inode = file.identity
+        file.users += 1
+
+    def release(self) -> None:
+        """Let go; the last holder of a file unmaps it. A second call does nothing.
+
+        The region may be in no native memory table any more.
+        """
+        file, self._file = self._file, None
+        if file is not None:
+            self._registry.drop(file)
+
+
+class MemoryRegistry:
+    """All guest memory files of this process, each owned by one VM.
+
+    A file that another VM already owns is refused: two guests that share RAM would have their
+    discards hit each other (and an attacker's VMM could pass a neighbour's file).
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[int, int], _MemoryFile] = {}
+        # Mapping a file may hang on its file system: its VM waits then, not the event loop. The
+        # limit is our own so that hanging VMs cannot use up trio's default threads.
+        self._threads = trio.CapacityLimiter(_MAPPING_THREADS_MAX)
+
+    def __len__(self) -> int:
+        """Files mapped now."""
+        return len(self._files)
+
+    async def hold(self, owner: str, request: RegionRequest) -> HeldRegion:
+        """Map the region's file for the VM `owner`, unless it is mapped, and keep it mapped.
+
+        Raises:
+            FrontendError: the descriptor is no mappable memory file, the region lies outside its
+                file or is not aligned to its pages, or another VM owns the file.
+        """
+        status = await self._in_thread_fstat(request.file)
+        if not stat.S_ISREG(status.st_mode):
+            raise FrontendError("memory region: its descriptor is no memory file")
+        identity = (status.st_dev, status.st_ino)
+        file = self._files.get(identity)
+        if file is None:
+            file = await self._map(owner, identity, request.file)
+        if file.owner != owner:
+            raise FrontendError(f"memory region: its file is the memory of VM {file.owner!r}")
+        try:
+            region = _checked_region(request, file.mapping)
+            return HeldRegion(self, file, region)
+        finally:
+            if file.users == 0:
+                self._forget(file)
+
+    async def _in_thread_fstat(self, file: OwnedFd) -> os.stat_result:
+        return await trio.to_thread.run_sync(os.fstat, file.fileno(), limiter=self._threads)
+
+    async def _map(self, owner: str, identity: tuple[int, int], fd: OwnedFd) -> _MemoryFile:
+        try:
+            mapping = await trio.to_thread.run_sync(Mapping, fd.fileno(), limiter=self._threads)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise FrontendError(f"memory region: its file cannot be mapped: {reason}") from error
+        # Another device of the same VM may have mapped it while we were in the thread.
+        file = self._files.setdefault(identity, _MemoryFile(identity, owner, mapping))
+        if file.mapping is not mapping:
+            mapping.close()
+        return file
+
+    def drop(self, file: _MemoryFile) -> None:
+        """One holder less; the last one unmaps the file."""
+        file.users -= 1
+        if file.users == 0:
+            self._forget(file)
+
+    def _forget(self, file: _MemoryFile) -> None:
+        del self._files[file.identity]
+        file.mapping.close()
+
+
+def _checked_region(request: RegionRequest, mapping: Mapping) -> Region:
+    # The offset must fit the file's own (maybe huge) pages, or no discard would ever hit a whole
+    # one; where the region begins and ends in guest addresses only needs the smallest page.
+    for what, value, page_size in (
+        ("guest address", request.guest_addr, BALLOON_PAGE_SIZE),
+        ("size", request.size, BALLOON_PAGE_SIZE),
+        ("file offset", request.file_offset, mapping.page_size),
+    ):
+        if value % page_size:
+            raise FrontendError(
+                f"memory region: {what} {value:#x} is not a multiple of {page_size} byte pages"
+            )
+    if request.file_offset + request.size > mapping.size:
+        raise FrontendError(
+            f"memory region: {request.file_offset:#x}+{request.size:#x} is beyond the end of its"
+            f" file ({mapping.size:#x} bytes)"
+        )
+    return Region(request.guest_addr, request.size, request.file_offset, mapping)
