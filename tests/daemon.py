@@ -1,0 +1,155 @@
+"""The real daemon as a child process, driven as an operator would: config file, vhostctl, curl.
+
+Knows the contracts (programs, JSON, exit codes). Must not import the daemon's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+
+PROGRAMS = Path(sys.executable).parent
+READY_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 5.0
+
+
+class DaemonFailed(Exception):
+    """vhostd ended, or did not come up; the text has what it printed."""
+
+
+class ControlFailed(Exception):
+    """vhostctl exited with another status than 0.
+
+    Attributes:
+        status: its exit code.
+        output: its standard error.
+    """
+
+    def __init__(self, words: tuple[str, ...], status: int, output: str) -> None:
+        super().__init__(f"vhostctl {' '.join(words)}: exit {status}: {output.strip()}")
+        self.status = status
+        self.output = output
+
+
+@dataclass
+class VhostdProcess:
+    """A running `vhostd run`."""
+
+    folder: Path
+    process: trio.Process
+    log_path: Path
+
+    @classmethod
+    @asynccontextmanager
+    async def start(
+        cls, folder: Path, configuration: str, *arguments: str
+    ) -> AsyncIterator[VhostdProcess]:
+        """Write the configuration into folder (also the runtime directory), start, wait for READY.
+
+        Leaving the block sends SIGTERM and wants exit code 0 within STOP_TIMEOUT_S.
+        """
+        config_path, log_path = folder / "vhostd.toml", folder / "vhostd.log"
+        config_path.write_text(configuration)
+        command = [str(PROGRAMS / "vhostd"), "run", "--config", str(config_path)]
+        command += ["--runtime-dir", str(folder), "--state-dir", str(folder), *arguments]
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
+            log_path.open("ab") as log,
+        ):
+            ready.bind(str(folder / "notify.sock"))
+            ready.setblocking(False)
+            process = await trio.lowlevel.open_process(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={"NOTIFY_SOCKET": str(folder / "notify.sock"), "PATH": "/usr/bin:/bin"},
+                preexec_fn=_die_with_parent,
+            )
+            self = cls(folder, process, log_path)
+            try:
+                await self._wait_ready(ready)
+                yield self
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop()
+
+    async def _wait_ready(self, ready: socket.socket) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def watch_end() -> None:
+                await self.process.wait()
+                raise DaemonFailed(f"vhostd ended before it was ready:\n{self.log()}")
+
+            nursery.start_soon(watch_end)
+            with trio.fail_after(READY_TIMEOUT_S):
+                while True:
+                    await trio.lowlevel.wait_readable(ready)
+                    if b"READY=1" in ready.recv(4096):
+                        break
+            nursery.cancel_scope.cancel()
+
+    async def _stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        with trio.move_on_after(STOP_TIMEOUT_S) as scope:
+            await self.process.wait()
+        if scope.cancelled_caught:
+            self.process.kill()
+            await self.process.wait()
+            raise DaemonFailed(f"vhostd did not end on SIGTERM:\n{self.log()}")
+        if self.process.returncode not in (0, -signal.SIGKILL):
+            raise DaemonFailed(f"vhostd exited with {self.process.returncode}:\n{self.log()}")
+
+    def log(self) -> str:
+        """All it printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def control_path(self) -> Path:
+        """The control socket."""
+        return self.folder / "control.sock"
+
+    async def ctl(self, *words: str, timeout_s: float = 60) -> str:
+        """Run vhostctl and return what it printed.
+
+        Raises:
+            ControlFailed: it exited with another status than 0.
+        """
+        with trio.fail_after(timeout_s):
+            result = await trio.run_process(
+                [str(PROGRAMS / "vhostctl"), "--socket", str(self.control_path), *words],
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+        if result.returncode != 0:
+            raise ControlFailed(words, result.returncode, result.stderr.decode())
+        return result.stdout.decode()
+
+    async def status(self, vm: str) -> dict[str, Any]:
+        """The status object of one VM, from the HTTP API (what --json status prints)."""
+        transport = httpx.AsyncHTTPTransport(uds=str(self.control_path))
+        async with httpx.AsyncClient(transport=transport, base_url="http://vhostd") as client:
+            answer = await client.get(f"/v1/vms/{vm}")
+            answer.raise_for_status()
+            status: dict[str, Any] = json.loads(answer.content)
+            return status
+
+
+def _die_with_parent() -> None:
+    import ctypes  # runs in the child only
+
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""`make demo`: a real guest's memory taken, given back and reported, live on a terminal."""

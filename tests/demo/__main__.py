@@ -1,0 +1,207 @@
+"""Boot a guest, move its memory, show it, and say whether the host really got it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from vhostd.units import GiB, MiB
+
+from tests.daemon import ControlFailed, DaemonFailed, VhostdProcess
+from tests.demo.screen import Sample, Screen, Step
+from tests.vm.cache import StackError
+from tests.vm.guest import Guest, GuestBootError, GuestCommandError, QemuDied, balloon_device, boot
+from tests.vm.stack import ensure
+
+MEMORY_SIZE = GiB
+BALLOON_SIZE = 256 * MiB
+SCATTERED_SIZE = 600 * MiB  # half of it is given back in single pages, for the balloon to take
+HELD_SIZE = 400 * MiB
+STEP_TIMEOUT_S = 40.0
+CONFIGURATION = """
+[vm.demo.balloon]
+socket = "demo-balloon.sock"
+stats_interval_s = 1
+"""
+FAILURES = (
+    StackError, GuestBootError, GuestCommandError, QemuDied, DaemonFailed, ControlFailed, OSError,
+)  # fmt: skip
+
+
+class Demo:
+    """The steps, over one daemon and one guest."""
+
+    def __init__(self, screen: Screen, daemon: VhostdProcess, guest: Guest) -> None:
+        self.screen = screen
+        self.daemon = daemon
+        self.guest = guest
+
+    async def sample(self) -> Sample:
+        """Look at the guest (its own /proc/meminfo), the daemon and the host at about one time."""
+        meminfo = await self.guest.meminfo()
+        balloon = (await self.daemon.status("demo"))["balloon"]
+        sample = Sample(
+            guest_total=meminfo["MemTotal"],
+            guest_free=meminfo["MemFree"],
+            balloon_target=balloon["target"],
+            balloon_actual=balloon["actual"],
+            reported=balloon["reported"],
+            host=self.guest.host_memory(),
+        )
+        self.screen.show(sample)
+        return sample
+
+    async def until(self, holds: Callable[[Sample], bool]) -> Sample:
+        """Sample until it holds or the step's time is over; returns the last sample."""
+        with trio.move_on_after(STEP_TIMEOUT_S):
+            # Two looks a moment apart make a picture; nothing announces the guest's numbers.
+            while not holds(await self.sample()):
+                await trio.sleep(0.25)
+        return await self.sample()
+
+    async def run(self) -> None:
+        """All steps, in order."""
+        scattered = await self.guest.start(f"guesttool scatter {SCATTERED_SIZE // MiB}")
+        self.screen.say("the guest touches 600 MiB and frees every second page of it")
+        await scattered.read_line(timeout_s=60)
+        await self.inflate()
+        await self.deflate()
+        await scattered.write_line("done")
+        await scattered.wait()
+        await self.report()
+
+    async def inflate(self) -> None:
+        """Take 256 MiB of the guest's scattered free pages."""
+        step = self.begin("vhostctl balloon set demo 256M")
+        before = await self.sample()
+        counted = (await self.guest.vmstat())["balloon_inflate"]
+        await self.daemon.ctl("balloon", "set", "demo", "256M")
+        after = await self.until(lambda now: now.balloon_actual >= BALLOON_SIZE)
+        taken = ((await self.guest.vmstat())["balloon_inflate"] - counted) * 4096
+        step.guest_saw = f"{taken // MiB} MiB into the balloon, MemTotal {mib(after.guest_total)}"
+        got = before.host - after.host
+        step.host_got = f"{mib(got)} back ({mib(before.host)} → {mib(after.host)})"
+        self.end(step, taken >= BALLOON_SIZE and got >= BALLOON_SIZE * 95 // 100)
+
+    async def deflate(self) -> None:
+        """Give them back."""
+        step = self.begin("vhostctl balloon set demo 0")
+        counted = (await self.guest.vmstat())["balloon_deflate"]
+        await self.daemon.ctl("balloon", "set", "demo", "0")
+        after = await self.until(lambda now: now.balloon_actual == 0)
+        given = ((await self.guest.vmstat())["balloon_deflate"] - counted) * 4096
+        step.guest_saw = f"{given // MiB} MiB out of the balloon, MemFree {mib(after.guest_free)}"
+        step.host_got = f"nothing asked: pages come back when touched ({mib(after.host)})"
+        self.end(step, given >= BALLOON_SIZE and after.balloon_actual == 0)
+
+    async def report(self) -> None:
+        """Nobody asks for anything: the guest frees memory, the host has it a little later."""
+        step = self.begin(f"nothing: a guest process of {mib(HELD_SIZE)} ends by itself")
+        held = await self.guest.start(f"guesttool hold {HELD_SIZE // MiB}")
+        await held.read_line(timeout_s=60)
+        before = await self.sample()
+        await held.write_line("done")
+        await held.wait()
+        wanted = HELD_SIZE * 90 // 100
+        after = await self.until(lambda now: before.host - now.host >= wanted)
+        got = before.host - after.host
+        step.guest_saw = f"MemFree {mib(before.guest_free)} → {mib(after.guest_free)}"
+        step.host_got = f"{mib(got)} back ({mib(before.host)} → {mib(after.host)}), by reporting"
+        self.end(step, got >= wanted)
+
+    def begin(self, asked: str) -> Step:
+        """Put a step on the screen."""
+        step = Step(asked)
+        self.screen.steps.append(step)
+        self.screen.say(asked)
+        return step
+
+    def end(self, step: Step, fine: bool) -> None:
+        """Close it with its verdict."""
+        step.verdict = "" if fine else "not reached in time"
+        self.screen.say(f"{step.asked}: {step.verdict or 'ok'}")
+
+
+def mib(size: int) -> str:
+    """A size in whole MiB."""
+    return f"{size // MiB} MiB"
+
+
+@asynccontextmanager
+async def runtime_folder() -> AsyncIterator[Path]:
+    """A folder for sockets that goes away with the demo."""
+    folder = Path(tempfile.mkdtemp(prefix="vhostd-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+async def demonstrate(screen: Screen) -> None:
+    """From nothing running to nothing running."""
+    stack = await trio.to_thread.run_sync(ensure, ("6.12",))
+    async with runtime_folder() as folder:
+        screen.say("starting vhostd")
+        async with VhostdProcess.start(folder, CONFIGURATION) as daemon:
+            screen.say("booting a Linux 6.12 guest with 1 GiB in QEMU, its balloon is vhostd")
+            devices = balloon_device(folder / "demo-balloon.sock")
+            async with boot(stack, kernel="6.12", memory="1G", devices=devices) as guest:
+                await Demo(screen, daemon, guest).run()
+            screen.say("guest ended")
+
+
+async def interruptible(job: Callable[[], Awaitable[None]]) -> bool:
+    """Run the job; False when SIGINT or SIGTERM cut it short (it has cleaned up by then)."""
+    finished = False
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        await job()
+        finished = True
+        nursery.cancel_scope.cancel()
+    return finished
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions in a group and in the groups inside it."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def main() -> int:
+    """Exit code 0 when every step came out right, 1 when not, 130 when interrupted."""
+    screen = Screen(MEMORY_SIZE)
+    screen.start()
+    failures: list[BaseException] = []
+    finished = False
+    try:
+        finished = trio.run(interruptible, lambda: demonstrate(screen))
+    except* FAILURES as group:
+        failures = leaves(group)
+    finally:
+        screen.stop()
+    if failures:
+        for failure in failures:
+            print(f"demo: {failure}", file=sys.stderr)
+        return 1
+    if not finished:
+        print("demo: interrupted; guest and daemon are gone", file=sys.stderr)
+        return 130
+    return 0 if screen.summary() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

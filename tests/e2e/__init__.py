@@ -1,0 +1,1 @@
+"""Real guests in the real QEMU, served by the real daemon."""

@@ -1,0 +1,67 @@
+"""A guest as QEMU options: its fixed frame, and the devices tests hang into it.
+
+The guest's RAM is one shared memfd called ram0, as every vhost-user backend needs it.
+This file must not know how QEMU is started.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vm.stack import Kernel
+
+# panic=0: a guest that panics stays where it is, with its reason on the console.
+_APPEND = "console=ttyS0 panic=0 mitigations=off random.trust_cpu=on nokaslr"
+
+
+def balloon_device(socket_path: str | Path, id: str = "balloon") -> list[str]:
+    """QEMU options for a vhost-user balloon whose backend listens at `socket_path`."""
+    return [
+        *("-chardev", f"socket,id={id},path={socket_path}"),
+        "-device",
+        f"vhost-user-test-device-pci,chardev={id},virtio-id=5,num_vqs=5,config_size=16,vq_size=128",
+    ]
+
+
+def window_device(size: int, address: int, index: int = 0) -> list[str]:
+    """QEMU options for a hidden memory window: `size` bytes at guest-physical `address`.
+
+    The memfd is called w0 for index 0. The guest never sees the device: it is function 1 of a slot
+    without a function 0. Needs `max_memory` in boot() and an address in its hot-plug range.
+    """
+    return [
+        *("-object", f"memory-backend-memfd,id=w{index},size={size},share=on"),
+        "-device",
+        f"virtio-pmem-pci,memdev=w{index},memaddr={address:#x},addr={0x1E - index:x}.1,"
+        f"id=window{index}",
+    ]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What boot() was asked for. `memory` and `max_memory` are sizes as QEMU writes them."""
+
+    kernel: Kernel
+    memory: str
+    max_memory: str | None
+    smp: int
+    append: str
+    devices: tuple[str, ...]
+
+    def options(self, folder: Path) -> list[str]:
+        """QEMU's options, but for the chardevs `agent` and `qmp`; logs and sockets in `folder`."""
+        memory = self.memory
+        if self.max_memory is not None:
+            memory += f",maxmem={self.max_memory},slots=8"
+        return [
+            *("-machine", "q35,memory-backend=ram0", "-smp", str(self.smp), "-m", memory),
+            *("-object", f"memory-backend-memfd,id=ram0,size={self.memory},share=on"),
+            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *("-kernel", str(self.kernel.image), "-initrd", str(self.kernel.initramfs)),
+            *("-append", f"{_APPEND} {self.append}".strip()),
+            *("-chardev", f"file,id=console,path={folder / 'console.log'}"),
+            *("-device", "isa-serial,chardev=console,index=0"),
+            *("-device", "isa-serial,chardev=agent,index=1"),
+            *("-qmp", "chardev:qmp"),
+            *("-qmp", f"unix:{folder / 'qmp.sock'},server=on,wait=off"),
+            *self.devices,
+        ]
