@@ -12,7 +12,7 @@ enum { PFN_SIZE = 4, PFN_SHIFT = 12 };
 
 struct page {
     vhd_mapping *mapping;
-    uint64_t index;              /* 4 KiB page of the file */
+    uint64_t index; /* 4 KiB page of the file */
     uint64_t guest_addr;
 };
 
@@ -76,8 +76,7 @@ static bool locate(const struct vhd_table *table, uint32_t pfn, const struct vhd
         region->size - (guest_addr - region->guest_addr) < VHD_GUEST_PAGE_SIZE)
         return false;
     page->mapping = region->mapping;
-    page->index =
-        (region->file_offset + (guest_addr - region->guest_addr)) / VHD_GUEST_PAGE_SIZE;
+    page->index = (region->file_offset + (guest_addr - region->guest_addr)) / VHD_GUEST_PAGE_SIZE;
     page->guest_addr = guest_addr;
     return true;
 }
@@ -156,10 +155,9 @@ static void discard_run(struct vhd_balloon *balloon, vhd_mapping *mapping, uint6
     }
     for (; host <= host_end; host++) {
         bool listed = host * parts >= first && (host + 1) * parts <= first + length;
-        bool complete = host < host_end &&
-                        (host + 1) * mapping->page_size <= mapping->size &&
-                        (listed ||
-                         (may_combine && vhd_mapping_all_given_up(mapping, host * parts, parts)));
+        bool complete =
+            host < host_end && (host + 1) * mapping->page_size <= mapping->size &&
+            (listed || (may_combine && vhd_mapping_all_given_up(mapping, host * parts, parts)));
 
         if (complete && begin == UINT64_MAX)
             begin = host;

@@ -27,8 +27,7 @@ int vhd_walk_add(struct vhd_walk *walk, const struct vhd_ring *ring,
     if (!writable && walk->writable_count != 0)
         return -VHD_FAULT_ORDER;
     /* At most 1024 sizes of 32 bits: the sum of 64 bits cannot wrap. */
-    if (data_ranges &&
-        walk->readable_size + walk->writable_size + descriptor->size > UINT32_MAX)
+    if (data_ranges && walk->readable_size + walk->writable_size + descriptor->size > UINT32_MAX)
         return -VHD_FAULT_SIZE;
     if (data_ranges && !vhd_table_covers(ring->table, descriptor->addr, descriptor->size))
         return -VHD_FAULT_ADDRESS;

@@ -28,8 +28,8 @@ vhd_log *vhd_log_create(int fd, uint64_t size, uint64_t offset, int *error)
     }
     uint64_t skip = offset % page_size;
     log->map_size = size + skip;
-    log->map = mmap(NULL, log->map_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-                    (off_t)(offset - skip));
+    log->map =
+        mmap(NULL, log->map_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)(offset - skip));
     if (log->map == MAP_FAILED) {
         *error = -errno;
         free(log);
@@ -53,9 +53,9 @@ bool vhd_log_mark(struct vhd_log *log, uint64_t guest_addr, uint64_t size)
     if (size == 0)
         return true;
     uint64_t first = guest_addr / VHD_GUEST_PAGE_SIZE;
-    uint64_t last = size - 1 > UINT64_MAX - guest_addr ? UINT64_MAX / VHD_GUEST_PAGE_SIZE
-                                                       : (guest_addr + size - 1) /
-                                                             VHD_GUEST_PAGE_SIZE;
+    uint64_t last = size - 1 > UINT64_MAX - guest_addr
+                        ? UINT64_MAX / VHD_GUEST_PAGE_SIZE
+                        : (guest_addr + size - 1) / VHD_GUEST_PAGE_SIZE;
     uint64_t pages = log->size * 8;
     bool whole = last < pages;
 

@@ -74,7 +74,8 @@ void *vhd_table_contiguous(const struct vhd_table *table, uint64_t guest_addr, u
     return host_address(region, guest_addr);
 }
 
-/* The host pointer at guest_addr and how many of `size` bytes lie in that region; NULL in a hole. */
+/* The host pointer at guest_addr and how many of `size` bytes lie in that region; NULL in a
+ * hole. */
 static uint8_t *host_piece(const struct vhd_table *table, uint64_t guest_addr, uint64_t size,
                            uint64_t *piece_size)
 {

@@ -38,8 +38,7 @@ static int inspect(int fd, struct vhd_mapping *mapping)
     if (filesystem.f_type == HUGETLBFS_MAGIC)
         mapping->page_size = (uint64_t)filesystem.f_bsize;
     /* An image on a disk's file system must never get a hole because of a balloon. */
-    mapping->discardable =
-        filesystem.f_type == TMPFS_MAGIC || filesystem.f_type == HUGETLBFS_MAGIC;
+    mapping->discardable = filesystem.f_type == TMPFS_MAGIC || filesystem.f_type == HUGETLBFS_MAGIC;
     return 0;
 }
 

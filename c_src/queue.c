@@ -72,8 +72,8 @@ int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue)
     int rc = 0;
 
     if (wanted && !queue->watched)
-        rc = vhd_worker_watch(device->worker, queue->kick_fd, EPOLLIN | EPOLLET,
-                              VHD_SOURCE_KICK, device->slot, queue->index);
+        rc = vhd_worker_watch(device->worker, queue->kick_fd, EPOLLIN | EPOLLET, VHD_SOURCE_KICK,
+                              device->slot, queue->index);
     else if (!wanted && queue->watched)
         vhd_worker_unwatch(device->worker, queue->kick_fd);
     if (rc == 0)
@@ -168,8 +168,8 @@ static void take_turn(void *argument)
             return;
         }
         /* Something may have come between the last look and kicks being on again. */
-        if (rc == 0 && (!vhd_ring_kicks_on(&queue->ring) ||
-                        (is_control(queue) && vhd_handed_full(queue)))) {
+        if (rc == 0 &&
+            (!vhd_ring_kicks_on(&queue->ring) || (is_control(queue) && vhd_handed_full(queue)))) {
             queue->look = false;
             return;
         }

@@ -1,6 +1,7 @@
 /* ring.c - a virtqueue's start, and the choice of its layout. Must not know devices or threads. */
 #include <string.h>
 
+#include "barrier.h"
 #include "vhd.h"
 
 struct part {
@@ -61,6 +62,13 @@ static bool size_is_legal(uint32_t size, bool packed)
     return packed || (size & (size - 1)) == 0;
 }
 
+static void load_used_idx(void *argument)
+{
+    struct vhd_ring *ring = argument;
+
+    ring->position.next_used = vhd_load16(ring->used + 2);
+}
+
 int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
                   const struct vhd_ring_setup *setup)
 {
@@ -81,7 +89,11 @@ int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
     ring->log_addr = setup->log_addr;
     ring->position = position;
     int rc = vhd_ring_translate(ring, table);
-    return rc;
+    if (rc != 0 || packed)
+        return rc;
+    /* A split ring says itself what was given back (vhost-user, "Ring states"); the VMM's base is
+     * only where to go on taking. */
+    return vhd_sigbus_guard(load_used_idx, ring) ? 0 : -EFAULT;
 }
 
 int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)
@@ -125,8 +137,7 @@ void vhd_ring_kicks_off(struct vhd_ring *ring)
 
 bool vhd_ring_kicks_on(struct vhd_ring *ring)
 {
-    return ring->features & VHD_RING_PACKED ? vhd_packed_kicks_on(ring)
-                                            : vhd_split_kicks_on(ring);
+    return ring->features & VHD_RING_PACKED ? vhd_packed_kicks_on(ring) : vhd_split_kicks_on(ring);
 }
 
 void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size)

@@ -25,8 +25,7 @@ static void load_descriptor(const struct vhd_ring *ring, uint16_t index,
     descriptor->next = (uint16_t)(tail >> 48);
 }
 
-static int walk_chain(struct vhd_ring *ring, uint16_t head, struct vhd_walk *walk,
-                      bool data_ranges)
+static int walk_chain(struct vhd_ring *ring, uint16_t head, struct vhd_walk *walk, bool data_ranges)
 {
     uint16_t index = head;
 

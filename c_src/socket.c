@@ -69,8 +69,7 @@ static bool is_ours(const struct vhd_device *device, const struct message *messa
     if (header->request != GET_CONFIG && header->request != SET_CONFIG)
         return false;
     if (window->size == 0 || window->size > VHD_CONFIG_SIZE_MAX ||
-        header->size != WINDOW_SIZE + window->size ||
-        there < (ssize_t)(HEAD_SIZE + window->size))
+        header->size != WINDOW_SIZE + window->size || there < (ssize_t)(HEAD_SIZE + window->size))
         return false;
     if (window->offset > device->shared->config_size ||
         window->size > device->shared->config_size - window->offset)

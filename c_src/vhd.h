@@ -36,10 +36,10 @@
 struct vhd_mapping {
     int fd;
     uint8_t *host;
-    uint64_t size;               /* of the file when it was mapped */
-    uint64_t page_size;          /* host page of this file */
+    uint64_t size;      /* of the file when it was mapped */
+    uint64_t page_size; /* host page of this file */
     bool discardable;
-    _Atomic uint64_t *given_up;  /* bitmap, one bit per 4 KiB of the file; worker writes it */
+    _Atomic uint64_t *given_up; /* bitmap, one bit per 4 KiB of the file; worker writes it */
     _Atomic uint64_t given_up_pages;
 };
 
@@ -71,7 +71,7 @@ int vhd_table_write(const struct vhd_table *table, uint64_t guest_addr, const vo
 
 struct vhd_log {
     _Atomic uint8_t *bits;
-    uint64_t size;               /* bytes of log */
+    uint64_t size; /* bytes of log */
     void *map;
     size_t map_size;
 };
@@ -90,8 +90,8 @@ struct vhd_ring;
 
 /* One chain, copied out of guest memory: readable segments first, then writable ones. */
 struct vhd_walk {
-    uint16_t id;                 /* split: head index; packed: buffer id */
-    uint16_t slots;              /* packed: descriptors of the ring used up; split: 1 */
+    uint16_t id;    /* split: head index; packed: buffer id */
+    uint16_t slots; /* packed: descriptors of the ring used up; split: 1 */
     uint16_t readable_count;
     uint16_t writable_count;
     uint64_t readable_size;
@@ -102,14 +102,14 @@ struct vhd_walk {
 
 struct vhd_ring {
     uint32_t size;
-    uint32_t features;           /* VHD_RING_ bits */
+    uint32_t features; /* VHD_RING_ bits */
     uint64_t desc_addr, avail_addr, used_addr, log_addr;
-    uint8_t *desc, *avail, *used;    /* host addresses, each inside one region */
+    uint8_t *desc, *avail, *used;      /* host addresses, each inside one region */
     struct vhd_ring_position position; /* where the next pop and the next push happen */
-    uint16_t signalled_used;     /* split event index: used index at the last call decision */
+    uint16_t signalled_used;           /* split event index: used index at the last call decision */
     bool signalled_valid;
     const struct vhd_table *table;
-    struct vhd_log *log;         /* NULL = not logging */
+    struct vhd_log *log;                         /* NULL = not logging */
     uint64_t in_flight[VHD_QUEUE_SIZE_MAX / 64]; /* heads or ids taken and not given back */
     uint32_t in_flight_count;
 };
@@ -153,8 +153,8 @@ bool vhd_packed_kicks_on(struct vhd_ring *ring);
 /* Mark bytes of the used part in the dirty log, when the VMM asked for it. */
 void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size);
 
-/* Check sizes, alignment, overlap; translate. -EINVAL, -EFAULT as vhd_ring_start(). Split rings take
- * position.next_used from used.idx in guest memory. */
+/* Check sizes, alignment, overlap; translate. -EINVAL, -EFAULT as vhd_ring_start(). Split rings
+ * take position.next_used from used.idx in guest memory. */
 int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
                   const struct vhd_ring_setup *setup);
 /* Translate the three parts again after the table changed. -EFAULT leaves the ring unchanged. */
@@ -176,7 +176,7 @@ bool vhd_ring_kicks_on(struct vhd_ring *ring);
 /* -- sigbus.c --------------------------------------------------------------------------------- */
 
 /* Runs body(argument) so that SIGBUS inside it returns false instead of killing the process.
- * Worker thread only; not nested. Installs the handler once per process. */
+ * Any thread; not nested. Installs the handler once per process. */
 bool vhd_sigbus_guard(void (*body)(void *argument), void *argument);
 
 /* -- discard.c -------------------------------------------------------------------------------- */
@@ -187,9 +187,9 @@ int vhd_discard(const struct vhd_mapping *mapping, uint64_t offset, uint64_t siz
 /* -- balloon.c -------------------------------------------------------------------------------- */
 
 struct vhd_balloon {
-    _Atomic uint32_t flags;      /* VHD_BALLOON_ bits */
+    _Atomic uint32_t flags; /* VHD_BALLOON_ bits */
     struct vhd_balloon_counters *counters;
-    struct vhd_log *log;         /* discards are writes for a migration; NULL = not logging */
+    struct vhd_log *log; /* discards are writes for a migration; NULL = not logging */
 };
 
 enum { VHD_CHAIN_REJECTED = 1 };
@@ -206,19 +206,19 @@ int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *tabl
 /* -- device.c, socket.c, worker.c -------------------------------------------------------------- */
 
 enum {
-    VHD_DEVICES_MAX = 64,             /* of one worker */
-    VHD_CONTROL_CHAINS_MAX = 64,      /* handed to Python and not completed, of one queue */
-    VHD_CONTROL_WRITABLE_MAX = 256,   /* bytes Python may write into a chain */
-    VHD_CHAINS_PER_TURN = 64          /* of one ring before the others get their turn */
+    VHD_DEVICES_MAX = 64,           /* of one worker */
+    VHD_CONTROL_CHAINS_MAX = 64,    /* handed to Python and not completed, of one queue */
+    VHD_CONTROL_WRITABLE_MAX = 256, /* bytes Python may write into a chain */
+    VHD_CHAINS_PER_TURN = 64        /* of one ring before the others get their turn */
 };
 
 /* A chain on its way through Python. */
 struct vhd_handed_chain {
     struct vhd_chain chain;
-    struct vhd_ring_position before;  /* of the ring when the chain was popped */
+    struct vhd_ring_position before; /* of the ring when the chain was popped */
     uint16_t id;
     uint16_t slots;
-    uint16_t segment_count;           /* writable ones, enough for VHD_CONTROL_WRITABLE_MAX bytes */
+    uint16_t segment_count; /* writable ones, enough for VHD_CONTROL_WRITABLE_MAX bytes */
     bool completed;
     uint32_t answer_size;
     struct vhd_segment segments[VHD_CONTROL_WRITABLE_MAX];
@@ -232,8 +232,8 @@ struct vhd_queue {
     uint32_t handler;
     bool started;
     bool enabled;
-    bool watched;                     /* its kick is in the worker's epoll */
-    bool look;                        /* something may be available */
+    bool watched; /* its kick is in the worker's epoll */
+    bool look;    /* something may be available */
     int kick_fd, call_fd, err_fd;
     struct vhd_ring_shared *shared;
     /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows. Counted by token;
@@ -243,17 +243,17 @@ struct vhd_queue {
 };
 
 struct vhd_device {
-    struct vhd_worker *worker;        /* NULL = detached */
-    uint32_t slot;                    /* in the worker */
+    struct vhd_worker *worker; /* NULL = detached */
+    uint32_t slot;             /* in the worker */
     uint32_t queue_count;
     struct vhd_queue queues[VHD_QUEUES_MAX];
     struct vhd_table tables[2];
-    uint32_t table;                   /* which of them is in force */
+    uint32_t table; /* which of them is in force */
     struct vhd_shared *shared;
     int shared_fd;
     _Atomic uint32_t events;
-    _Atomic bool mail;                /* completions wait for the worker */
-    pthread_mutex_t lock;             /* config bytes and handed chains; never held over guest memory */
+    _Atomic bool mail;    /* completions wait for the worker */
+    pthread_mutex_t lock; /* config bytes and handed chains; never held over guest memory */
     uint8_t config_writable[VHD_CONFIG_SIZE_MAX];
     struct vhd_balloon balloon;
     struct vhd_log *log;

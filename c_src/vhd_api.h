@@ -15,39 +15,40 @@
  */
 
 enum {
-    VHD_QUEUES_MAX = 8,           /* per device; a balloon has 5, virtio-mem and pmem 1 */
-    VHD_QUEUE_SIZE_MAX = 32768,   /* virtio 1.x, 2.6 "Queue Size" */
-    VHD_REGIONS_MAX = 509,        /* what GET_MAX_MEM_SLOTS advertises, as rust-vmm does */
-    VHD_CHAIN_SEGMENTS_MAX = 1024,/* longest chain taken; QEMU's VIRTQUEUE_MAX_SIZE */
-    VHD_CONFIG_SIZE_MAX = 256,    /* VHOST_USER_MAX_CONFIG_SIZE */
-    VHD_CONTROL_READABLE_MAX = 4096, /* bytes of a control chain handed up; the rest is only counted */
+    VHD_QUEUES_MAX = 8,            /* per device; a balloon has 5, virtio-mem and pmem 1 */
+    VHD_QUEUE_SIZE_MAX = 32768,    /* virtio 1.x, 2.6 "Queue Size" */
+    VHD_REGIONS_MAX = 509,         /* what GET_MAX_MEM_SLOTS advertises, as rust-vmm does */
+    VHD_CHAIN_SEGMENTS_MAX = 1024, /* longest chain taken; QEMU's VIRTQUEUE_MAX_SIZE */
+    VHD_CONFIG_SIZE_MAX = 256,     /* VHOST_USER_MAX_CONFIG_SIZE */
+    VHD_CONTROL_READABLE_MAX =
+        4096,                     /* bytes of a control chain handed up; the rest is only counted */
     VHD_PFNS_PER_CHAIN_MAX = 1024 /* one 4 KiB table, the largest any known driver sends */
 };
 
 /* What was wrong with a ring or chain; a ring with a fault is quarantined until its next start. */
 enum vhd_fault {
     VHD_FAULT_NONE = 0,
-    VHD_FAULT_AVAIL_INDEX,        /* avail.idx ran ahead by more than the queue size */
-    VHD_FAULT_HEAD,               /* head descriptor index >= queue size */
-    VHD_FAULT_NEXT,               /* next descriptor index >= table size */
-    VHD_FAULT_LOOP,               /* chain longer than its table: it loops */
-    VHD_FAULT_CHAIN_LENGTH,       /* more than VHD_CHAIN_SEGMENTS_MAX descriptors */
-    VHD_FAULT_INDIRECT,           /* indirect table empty, ragged, nested, chained on or not negotiated */
-    VHD_FAULT_ZERO_LENGTH,        /* a descriptor of length 0 */
-    VHD_FAULT_ORDER,              /* readable descriptor after a writable one */
-    VHD_FAULT_ADDRESS,            /* a range that is not wholly inside guest memory */
-    VHD_FAULT_SIZE,               /* total chain length >= 2^32 */
-    VHD_FAULT_DUPLICATE,          /* a head made available again while still in flight */
-    VHD_FAULT_PACKED_ID,          /* packed: buffer id >= queue size, or bad flags */
-    VHD_FAULT_SIGBUS,             /* guest memory file was truncated under us */
+    VHD_FAULT_AVAIL_INDEX,  /* avail.idx ran ahead by more than the queue size */
+    VHD_FAULT_HEAD,         /* head descriptor index >= queue size */
+    VHD_FAULT_NEXT,         /* next descriptor index >= table size */
+    VHD_FAULT_LOOP,         /* chain longer than its table: it loops */
+    VHD_FAULT_CHAIN_LENGTH, /* more than VHD_CHAIN_SEGMENTS_MAX descriptors */
+    VHD_FAULT_INDIRECT,     /* indirect table empty, ragged, nested, chained on or not negotiated */
+    VHD_FAULT_ZERO_LENGTH,  /* a descriptor of length 0 */
+    VHD_FAULT_ORDER,        /* readable descriptor after a writable one */
+    VHD_FAULT_ADDRESS,      /* a range that is not wholly inside guest memory */
+    VHD_FAULT_SIZE,         /* total chain length >= 2^32 */
+    VHD_FAULT_DUPLICATE,    /* a head made available again while still in flight */
+    VHD_FAULT_PACKED_ID,    /* packed: buffer id >= queue size, or bad flags */
+    VHD_FAULT_SIGBUS,       /* guest memory file was truncated under us */
     VHD_FAULT_COUNT
 };
 
 /* What runs a queue: the C data plane, or Python (chains are handed up). */
 enum vhd_handler {
-    VHD_HANDLER_NONE = 0,         /* role not known yet: the ring is started but not served */
-    VHD_HANDLER_CONTROL,          /* chains go to Python, which completes them in order */
-    VHD_HANDLER_CONTROL_BLOCKS,   /* the same, but writable descriptors are ranges, not buffers */
+    VHD_HANDLER_NONE = 0,       /* role not known yet: the ring is started but not served */
+    VHD_HANDLER_CONTROL,        /* chains go to Python, which completes them in order */
+    VHD_HANDLER_CONTROL_BLOCKS, /* the same, but writable descriptors are ranges, not buffers */
     VHD_HANDLER_INFLATE,
     VHD_HANDLER_DEFLATE,
     VHD_HANDLER_REPORT
@@ -59,23 +60,24 @@ enum {
     VHD_RING_EVENT_IDX = 2,
     VHD_RING_INDIRECT = 4,
     VHD_RING_IN_ORDER = 8,
-    VHD_RING_LOG_USED = 16        /* VHOST_VRING_F_LOG: mark used-ring writes in the dirty log */
+    VHD_RING_LOG_USED = 16 /* VHOST_VRING_F_LOG: mark used-ring writes in the dirty log */
 };
 
 /* Bits returned by vhd_device_take_events() */
 enum {
-    VHD_EVENT_SOCKET = 1,         /* the socket needs Python: a cold message, or end of file */
-    VHD_EVENT_CONFIG = 2,         /* the guest wrote its config bytes */
-    VHD_EVENT_CHAINS = 4,         /* control chains wait in an inbox */
-    VHD_EVENT_FAULT = 8,          /* a ring was quarantined; see vhd_ring_shared.fault */
-    VHD_EVENT_HOST_ERROR = 16     /* a discard failed; see vhd_balloon_counters.discard_errno */
+    VHD_EVENT_SOCKET = 1,     /* the socket needs Python: a cold message, or end of file */
+    VHD_EVENT_CONFIG = 2,     /* the guest wrote its config bytes */
+    VHD_EVENT_CHAINS = 4,     /* control chains wait in an inbox */
+    VHD_EVENT_FAULT = 8,      /* a ring was quarantined; see vhd_ring_shared.fault */
+    VHD_EVENT_HOST_ERROR = 16 /* a discard failed; see vhd_balloon_counters.discard_errno */
 };
 
 /* Bits of vhd_balloon_configure() */
 enum {
-    VHD_BALLOON_MUST_TELL_HOST = 1, /* negotiated: pages may go until their deflate is acknowledged */
-    VHD_BALLOON_KEEP_REPORTED = 2,  /* poison value is not 0: reported pages must keep their bytes */
-    VHD_BALLOON_INHIBIT = 4         /* discard nothing at all (pinned memory) */
+    VHD_BALLOON_MUST_TELL_HOST =
+        1, /* negotiated: pages may go until their deflate is acknowledged */
+    VHD_BALLOON_KEEP_REPORTED = 2, /* poison value is not 0: reported pages must keep their bytes */
+    VHD_BALLOON_INHIBIT = 4        /* discard nothing at all (pinned memory) */
 };
 
 /* Where a ring stands. Packed rings use the wrap counters (0 or 1), split rings ignore them. */
@@ -92,31 +94,31 @@ struct vhd_ring_shared {
     struct vhd_ring_position position; /* next_avail: oldest chain not yet completed */
     uint8_t started;
     uint8_t enabled;
-    uint8_t fault;                /* enum vhd_fault; not 0 = quarantined */
+    uint8_t fault; /* enum vhd_fault; not 0 = quarantined */
     uint8_t reserved[5];
     uint64_t kicks;
-    uint64_t chains;              /* taken from the ring */
-    uint64_t used;                /* given back */
-    uint64_t calls;               /* interrupts raised */
-    uint64_t calls_dropped;       /* call eventfd was full */
+    uint64_t chains;        /* taken from the ring */
+    uint64_t used;          /* given back */
+    uint64_t calls;         /* interrupts raised */
+    uint64_t calls_dropped; /* call eventfd was full */
     uint64_t faults;
-    uint64_t rejected;            /* well-formed chains whose content was refused, given back unused */
+    uint64_t rejected; /* well-formed chains whose content was refused, given back unused */
 };
 
 struct vhd_balloon_counters {
-    uint64_t inflated_pages;      /* now in the balloon, by our own bitmap, 4 KiB each */
-    uint64_t inflate_pfns;        /* ever listed by the guest */
+    uint64_t inflated_pages; /* now in the balloon, by our own bitmap, 4 KiB each */
+    uint64_t inflate_pfns;   /* ever listed by the guest */
     uint64_t deflate_pfns;
-    uint64_t reported_size;       /* bytes ever reported free */
-    uint64_t discarded_size;      /* bytes of holes ever punched */
-    uint64_t discards;            /* fallocate calls */
+    uint64_t reported_size;  /* bytes ever reported free */
+    uint64_t discarded_size; /* bytes of holes ever punched */
+    uint64_t discards;       /* fallocate calls */
     uint64_t discard_errors;
-    uint64_t discard_errno;       /* of the latest error */
-    uint64_t pfns_outside;        /* page numbers outside guest RAM */
-    uint64_t pfns_repeated;       /* inflate of a page already in, deflate of one not in */
-    uint64_t pfns_excess;         /* beyond VHD_PFNS_PER_CHAIN_MAX or a ragged tail: ignored */
-    uint64_t reports_refused;     /* reported ranges outside RAM or not device-writable */
-    uint64_t pages_kept;          /* given up, kept because their host page is not complete */
+    uint64_t discard_errno;   /* of the latest error */
+    uint64_t pfns_outside;    /* page numbers outside guest RAM */
+    uint64_t pfns_repeated;   /* inflate of a page already in, deflate of one not in */
+    uint64_t pfns_excess;     /* beyond VHD_PFNS_PER_CHAIN_MAX or a ragged tail: ignored */
+    uint64_t reports_refused; /* reported ranges outside RAM or not device-writable */
+    uint64_t pages_kept;      /* given up, kept because their host page is not complete */
 };
 
 struct vhd_shared {
@@ -125,7 +127,7 @@ struct vhd_shared {
     uint32_t queue_count;
     uint32_t config_size;
     uint8_t config[256];
-    uint64_t config_reads;        /* answered by the worker */
+    uint64_t config_reads; /* answered by the worker */
     uint64_t config_writes;
     struct vhd_balloon_counters balloon;
     struct vhd_ring_shared rings[8];
@@ -133,7 +135,8 @@ struct vhd_shared {
 
 /* -- host memory ------------------------------------------------------------------------------ */
 
-typedef struct vhd_mapping vhd_mapping; /* one guest memory file, mapped whole and shared, once per VM */
+typedef struct vhd_mapping
+    vhd_mapping; /* one guest memory file, mapped whole and shared, once per VM */
 
 /* Map all of fd's file. The fd is duplicated. *error gets -errno when NULL is returned:
  * -EINVAL not a regular file (memfd, hugetlb memfd, tmpfs or other file), -ENODATA empty file,
@@ -142,7 +145,7 @@ vhd_mapping *vhd_mapping_create(int fd, int *error);
 void vhd_mapping_destroy(vhd_mapping *mapping); /* no device may use it any more [any] */
 uint64_t vhd_mapping_size(const vhd_mapping *mapping);
 uint64_t vhd_mapping_page_size(const vhd_mapping *mapping); /* 4096, or the hugetlb page */
-int vhd_mapping_discardable(const vhd_mapping *mapping); /* 1 on shmem and hugetlbfs only */
+int vhd_mapping_discardable(const vhd_mapping *mapping);    /* 1 on shmem and hugetlbfs only */
 /* Count of 4 KiB pages the guest gave up to the balloon in this file, by bitmap. [any] */
 uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping);
 
@@ -153,7 +156,7 @@ struct vhd_region {
     vhd_mapping *mapping;
 };
 
-typedef struct vhd_log vhd_log;   /* dirty log of LOG_SHMFD: one bit per 4 KiB guest page */
+typedef struct vhd_log vhd_log; /* dirty log of LOG_SHMFD: one bit per 4 KiB guest page */
 vhd_log *vhd_log_create(int fd, uint64_t size, uint64_t offset, int *error);
 void vhd_log_destroy(vhd_log *log);
 
@@ -170,7 +173,7 @@ int vhd_worker_notify_fd(const vhd_worker *worker);
 /* Ask the worker to stop between two chains; notify_fd tells when it has. [any] */
 void vhd_worker_park(vhd_worker *worker);
 int vhd_worker_parked(const vhd_worker *worker);
-void vhd_worker_unpark(vhd_worker *worker);   /* [parked] */
+void vhd_worker_unpark(vhd_worker *worker); /* [parked] */
 /* Rises with every round of the worker's loop; for a watchdog. [any] */
 uint64_t vhd_worker_rounds(const vhd_worker *worker);
 
@@ -180,24 +183,24 @@ uint64_t vhd_worker_rounds(const vhd_worker *worker);
  * for each bit the guest may write. [setup] */
 vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
                               const uint8_t *config_writable, int *error);
-void vhd_device_destroy(vhd_device *device);                     /* [setup] */
-int vhd_device_attach(vhd_device *device, vhd_worker *worker);   /* [parked] */
-void vhd_device_detach(vhd_device *device);                      /* [parked] stops all rings */
+void vhd_device_destroy(vhd_device *device);                   /* [setup] */
+int vhd_device_attach(vhd_device *device, vhd_worker *worker); /* [parked] */
+void vhd_device_detach(vhd_device *device);                    /* [parked] stops all rings */
 /* Take and clear the VHD_EVENT_ bits raised since the last call. [any] */
 uint32_t vhd_device_take_events(vhd_device *device);
 const struct vhd_shared *vhd_device_shared(const vhd_device *device);
-int vhd_device_shared_fd(const vhd_device *device);              /* memfd behind it, borrowed */
+int vhd_device_shared_fd(const vhd_device *device); /* memfd behind it, borrowed */
 
 /* The socket: Python owns it at first. arm() hands it to the worker, which answers GET_CONFIG and
  * SET_CONFIG (flags 0) alone once hot is set, and hands it back with VHD_EVENT_SOCKET, nothing
  * consumed, on any other message, an incomplete one, fds attached, or end of file. */
-void vhd_socket_set(vhd_device *device, int fd);                 /* [parked] borrowed; -1 = none */
-int vhd_socket_arm(vhd_device *device);                          /* [any] Python owns it */
+void vhd_socket_set(vhd_device *device, int fd); /* [parked] borrowed; -1 = none */
+int vhd_socket_arm(vhd_device *device);          /* [any] Python owns it */
 /* hot: PROTOCOL_F_CONFIG acknowledged. reply_ack: PROTOCOL_F_REPLY_ACK acknowledged. [any] */
 void vhd_socket_configure(vhd_device *device, int hot, int reply_ack);
 
 void vhd_config_publish(vhd_device *device, uint32_t offset, const uint8_t *bytes,
-                        uint32_t size);                          /* [any] */
+                        uint32_t size);                                  /* [any] */
 void vhd_config_read(vhd_device *device, uint8_t *bytes, uint32_t size); /* [any] */
 
 /* Replace the memory table. Started rings are translated anew; where one no longer lies wholly in
@@ -207,14 +210,14 @@ void vhd_device_set_log(vhd_device *device, vhd_log *log, int log_all); /* [park
 
 struct vhd_ring_setup {
     uint32_t size;
-    uint32_t features;            /* VHD_RING_ bits */
-    uint64_t desc_addr;           /* guest addresses; packed: descriptor ring */
-    uint64_t avail_addr;          /* packed: driver event suppression */
-    uint64_t used_addr;           /* packed: device event suppression */
-    uint64_t log_addr;            /* guest address that used-ring writes are logged at */
+    uint32_t features;                 /* VHD_RING_ bits */
+    uint64_t desc_addr;                /* guest addresses; packed: descriptor ring */
+    uint64_t avail_addr;               /* packed: driver event suppression */
+    uint64_t used_addr;                /* packed: device event suppression */
+    uint64_t log_addr;                 /* guest address that used-ring writes are logged at */
     struct vhd_ring_position position; /* next_used matters for packed; split reads used.idx */
     uint32_t handler;
-    int kick_fd;                  /* borrowed until vhd_ring_stop; -1 = none */
+    int kick_fd; /* borrowed until vhd_ring_stop; -1 = none */
     int call_fd;
     int err_fd;
 };
@@ -222,10 +225,10 @@ struct vhd_ring_setup {
 /* -EINVAL: size not legal; -EFAULT: a part is unaligned, outside one region, or overlaps another
  * part. The ring is looked at once as soon as it is enabled. [parked] */
 int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup);
-void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled);        /* [parked] */
+void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled);           /* [parked] */
 void vhd_ring_set_handler(vhd_device *device, uint32_t index, uint32_t handler); /* [parked] */
-void vhd_ring_set_call(vhd_device *device, uint32_t index, int fd);           /* [parked] */
-void vhd_ring_set_err(vhd_device *device, uint32_t index, int fd);            /* [parked] */
+void vhd_ring_set_call(vhd_device *device, uint32_t index, int fd);              /* [parked] */
+void vhd_ring_set_err(vhd_device *device, uint32_t index, int fd);               /* [parked] */
 /* Forget chains Python holds and report where the ring stands: next_avail is the oldest chain not
  * completed, so that nothing is lost when it starts again. Not started: zeroes. [parked] */
 void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position *position);
@@ -233,12 +236,12 @@ void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position 
 /* -- chains handed to Python ------------------------------------------------------------------ */
 
 struct vhd_chain {
-    uint32_t token;               /* for vhd_chain_complete */
-    uint32_t copied_size;         /* readable bytes given to the caller */
-    uint32_t readable_size;       /* what the driver sent in all */
-    uint32_t writable_count;      /* device-writable descriptors */
+    uint32_t token;          /* for vhd_chain_complete */
+    uint32_t copied_size;    /* readable bytes given to the caller */
+    uint32_t readable_size;  /* what the driver sent in all */
+    uint32_t writable_count; /* device-writable descriptors */
     uint64_t writable_size;
-    uint64_t writable_addr;       /* guest address of the first of them */
+    uint64_t writable_addr; /* guest address of the first of them */
 };
 
 /* 1: one chain and its bytes (at most VHD_CONTROL_READABLE_MAX); 0: none. [any] */

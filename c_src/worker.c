@@ -21,7 +21,7 @@ struct vhd_worker {
     _Atomic bool stop;
     _Atomic bool park_wanted;
     _Atomic bool parked;
-    pthread_mutex_t lock;             /* for unparked alone */
+    pthread_mutex_t lock; /* for unparked alone */
     pthread_cond_t unparked;
     _Atomic uint64_t rounds;
     struct vhd_device *devices[VHD_DEVICES_MAX]; /* changed only while parked */

@@ -6,6 +6,7 @@ Knows the contracts (programs, JSON, exit codes). Must not import the daemon's o
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -47,7 +48,7 @@ class VhostdProcess:
     """A running `vhostd run`."""
 
     folder: Path
-    process: trio.Process
+    process: subprocess.Popen[bytes]
     log_path: Path
 
     @classmethod
@@ -69,7 +70,9 @@ class VhostdProcess:
         ):
             ready.bind(str(folder / "notify.sock"))
             ready.setblocking(False)
-            process = await trio.lowlevel.open_process(
+            # Not trio.open_process: it spawns from a helper thread, and PR_SET_PDEATHSIG means the
+            # thread that spawned, so the daemon would be killed when that one retires.
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -89,7 +92,7 @@ class VhostdProcess:
         async with trio.open_nursery() as nursery:
 
             async def watch_end() -> None:
-                await self.process.wait()
+                await self.wait_end()
                 raise DaemonFailed(f"vhostd ended before it was ready:\n{self.log()}")
 
             nursery.start_soon(watch_end)
@@ -100,16 +103,28 @@ class VhostdProcess:
                         break
             nursery.cancel_scope.cancel()
 
+    async def wait_end(self) -> int:
+        """Wait until it has ended; its exit status."""
+        pidfd = os.pidfd_open(self.process.pid)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            trio.lowlevel.notify_closing(pidfd)
+            os.close(pidfd)
+        return self.process.wait()
+
     async def _stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        early = self.process.poll()
+        if early is not None:
+            raise DaemonFailed(f"vhostd ended by itself with {early}:\n{self.log()}")
+        self.process.send_signal(signal.SIGTERM)
         with trio.move_on_after(STOP_TIMEOUT_S) as scope:
-            await self.process.wait()
+            await self.wait_end()
         if scope.cancelled_caught:
             self.process.kill()
-            await self.process.wait()
+            self.process.wait()
             raise DaemonFailed(f"vhostd did not end on SIGTERM:\n{self.log()}")
-        if self.process.returncode not in (0, -signal.SIGKILL):
+        if self.process.returncode != 0:
             raise DaemonFailed(f"vhostd exited with {self.process.returncode}:\n{self.log()}")
 
     def log(self) -> str:

@@ -48,10 +48,12 @@ async def test_memory_leaves_the_guest_and_the_host_gets_it(kernel: str, serve: 
         await guest.run("guesttool touch 700", timeout_s=60)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-async def test_no_wrong_byte_over_20_cycles(kernel: str, serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "options"), [*((kernel, "") for kernel in KERNELS), ("6.12", "packed = false")]
+)
+async def test_no_wrong_byte_over_20_cycles(kernel: str, options: str, serve: Serve) -> None:
     """A process rewrites and verifies memory all the while the balloon takes and gives."""
-    async with serve(kernel) as served:
+    async with serve(kernel, options) as served:
         patterned = await served.guest.start("guesttool cycle 200 42")
         await patterned.read_line(timeout_s=60)
         for _ in range(20):
@@ -126,8 +128,9 @@ async def test_a_reboot_empties_the_balloon_and_the_target_is_reached_again(serv
         assert counters["balloon_inflate"] * PAGE_SIZE == 128 * MiB
 
 
-async def test_stop_and_cont_keep_the_balloon(serve: Serve) -> None:
-    async with serve() as served:
+@pytest.mark.parametrize("packed", ["true", "false"])
+async def test_stop_and_cont_keep_the_balloon(packed: str, serve: Serve) -> None:
+    async with serve(options=f"packed = {packed}") as served:
         await reach(served, 128 * MiB)
         for _ in range(5):
             await served.guest.qmp.execute("stop")

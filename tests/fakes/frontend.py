@@ -8,6 +8,7 @@ ring layout and no device; must not import vhostd.
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -43,7 +44,9 @@ class FrontEnd(Channel):
     def connect(cls, path: Path | str, timeout_s: float = 10.0) -> FrontEnd:
         """Connect to a listening back end."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(timeout_s)
+        # A non-blocking connect fails at once when the backlog is full; this one waits its turn.
+        limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             sock.connect(str(path))
         except OSError:

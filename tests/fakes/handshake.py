@@ -61,8 +61,12 @@ def realize(
     *,
     protocol_features: int = QEMU_GENERIC_DEVICE_ACKS,
     config_size: int = 16,
+    own: bool = True,
 ) -> Offer:
-    """Do what QEMU does when the device is created; protocol_features limits what is acked."""
+    """Do what QEMU does when the device is created.
+
+    protocol_features limits what is acked; own=False leaves SET_OWNER out, which came before.
+    """
     offered = front.get_features()
     offered_protocol = ProtocolFeature(0)
     queue_count, slots = len(queues), 8
@@ -76,7 +80,8 @@ def realize(
             slots = front.get_max_mem_slots()
         if ProtocolFeature.BACKEND_REQ in acked:
             accepted(front.set_backend_req_fd(), "SET_BACKEND_REQ_FD")
-    accepted(front.set_owner(), "SET_OWNER")
+    if own:
+        accepted(front.set_owner(), "SET_OWNER")
     front.get_features()
     for index, queue in enumerate(queues):
         accepted(front.set_vring_call(index, queue.call_fd), "SET_VRING_CALL")

@@ -82,7 +82,9 @@ class Machine:
         return cls.realize_on(FrontEnd.connect(path), setup)
 
     @classmethod
-    def realize_on(cls, front: FrontEnd, setup: Setup | None = None) -> Machine:
+    def realize_on(
+        cls, front: FrontEnd, setup: Setup | None = None, *, own: bool = True
+    ) -> Machine:
         """Negotiate on a connection that exists; it is closed when that fails."""
         setup = setup or Setup()
         memory = setup.make_memory()
@@ -94,6 +96,7 @@ class Machine:
                 queues,
                 protocol_features=setup.protocol_features,
                 config_size=setup.config_size,
+                own=own,
             )
             features = setup.wanted_features(offer.features)
         except BaseException:

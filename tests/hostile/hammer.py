@@ -17,6 +17,7 @@ WORDS = (
     *(12 << 20, 13 << 20, 40 << 20, 64 << 20, 1 << 50, (1 << 64) - 8),  # addresses
 )
 HALF_WORD_MAX = 0xFFFF
+HEAD = 64  # bytes
 
 
 def hammer(fd: int, seed: int, ranges: list[tuple[int, int]]) -> None:
@@ -25,7 +26,9 @@ def hammer(fd: int, seed: int, ranges: list[tuple[int, int]]) -> None:
     size = max(offset + length for offset, length in ranges)
     memory = mmap.mmap(fd, (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE)
     values = [source.choice(WORDS) for _ in range(4096)]
-    places = [offset + 2 * source.randrange(length // 2) for offset, length in ranges * 2048]
+    places = [offset + 2 * source.randrange(length // 2) for offset, length in ranges * 1024]
+    # The device starts at the front of each range: leave no half-word out there.
+    places += [offset + at for offset, length in ranges for at in range(0, min(length, HEAD), 2)]
     while True:
         for place, value in zip(places, values, strict=False):
             if value <= HALF_WORD_MAX:

@@ -15,6 +15,7 @@ from tests.hostile import (
     attacks_negotiation,
     attacks_queues,
     attacks_rings,
+    attacks_transfer,
 )
 from tests.hostile.attack import Attack, Verdict, strike
 from tests.hostile.oracle import GROWTH_MAX_SIZE, Oracle
@@ -24,6 +25,7 @@ MODULES = (
     attacks_negotiation,
     attacks_memory,
     attacks_rings,
+    attacks_transfer,
     attacks_queues,
     attacks_chains,
     attacks_balloon,

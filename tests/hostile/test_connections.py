@@ -162,7 +162,7 @@ def test_first_message_of_all_may_be(request_number: Request, oracle: Oracle) ->
         assert [answer.request for answer in answers][-1] == Request.GET_FEATURES
         for answer in answers:
             answer.close_fds()
-        with Machine.realize_on(front) as machine:
+        with Machine.realize_on(front, own=request_number != Request.SET_OWNER) as machine:
             machine.start()
             serves(BalloonDriver(machine))
     oracle.unharmed()

@@ -54,6 +54,7 @@ class Conversation:
     performed: list[Action] = field(default_factory=list)
     position: RingPosition = field(default_factory=RingPosition)
     refuse_next: VhostdError | None = None
+    refusal: VhostdError | None = None  # of the latest message
 
     def __post_init__(self) -> None:
         """Start with nothing said."""
@@ -79,9 +80,11 @@ class Conversation:
         owned = [OwnedFd(fd) for fd in fds]
         (message,) = feed(self._framer, encoded(request, payload, flags), owned)
         step = self.machine.on_message(message)
+        self.refusal = step.refusal
         try:
             outcomes = [self._perform(action) for action in step.actions]
-        except VhostdError:
+        except VhostdError as error:
+            self.refusal = error
             reply = self.machine.refuse(step)
         else:
             reply = self.machine.commit(step, outcomes)

@@ -215,7 +215,7 @@ def refused(fd: int, connection_fd: int = 0) -> None:
     assert owned.closed
 
 
-def test_only_stream_sockets_are_channels() -> None:
+async def test_only_stream_sockets_are_channels() -> None:
     """H18."""
     with no_leak():
         refused(os.memfd_create("x"))
@@ -227,7 +227,7 @@ def test_only_stream_sockets_are_channels() -> None:
             refused(end.detach())
 
 
-def test_the_connection_itself_is_no_channel(tmp_path: Path) -> None:
+async def test_the_connection_itself_is_no_channel(tmp_path: Path) -> None:
     """H19: neither end; a request there would be read as a reply, or hold the connection open."""
     with no_leak():
         ours, theirs = socket.socketpair()

@@ -218,6 +218,17 @@ async def test_a_vmm_that_is_gone_is_no_crash() -> None:
             await connection.send(Reply(b"reply"))
 
 
+async def test_a_hang_up_is_seen_behind_messages_that_wait() -> None:
+    with connected() as (connection, vmm):
+        assert not connection.hung_up
+        vmm.send(GET_FEATURES)
+        vmm.close()
+        assert connection.hung_up
+        await one(connection)
+        connection.close()
+        assert connection.hung_up
+
+
 async def test_closing_wakes_who_waits() -> None:
     with connected() as (connection, _vmm):
         async with trio.open_nursery() as nursery:

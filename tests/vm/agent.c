@@ -293,8 +293,8 @@ int main(int argc, char **argv)
             {.fd = children, .events = POLLIN},
         };
         for (int i = 0; i < MAX_COMMANDS; i++)
-            waits[2 + i] = (struct pollfd){.fd = commands[i].pid ? commands[i].output : -1,
-                                           .events = POLLIN};
+            waits[2 + i] =
+                (struct pollfd){.fd = commands[i].pid ? commands[i].output : -1, .events = POLLIN};
         if (poll(waits, 2 + MAX_COMMANDS, -1) < 0)
             continue;
         for (int i = 0; i < MAX_COMMANDS; i++)

@@ -61,8 +61,8 @@ static int verify_page(const struct region *region, size_t page, uint64_t seed)
         uint64_t found = words[i];
         if (found == value)
             continue;
-        printf("BAD page %zu offset %zu: found %016llx, expected %016llx\n", page,
-               i * sizeof value, (unsigned long long)found, (unsigned long long)value);
+        printf("BAD page %zu offset %zu: found %016llx, expected %016llx\n", page, i * sizeof value,
+               (unsigned long long)found, (unsigned long long)value);
         return 0;
     }
     return 1;
