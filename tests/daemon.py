@@ -70,15 +70,14 @@ class VhostdProcess:
         ):
             ready.bind(str(folder / "notify.sock"))
             ready.setblocking(False)
-            # Not trio.open_process: it spawns from a helper thread, and PR_SET_PDEATHSIG means the
-            # thread that spawned, so the daemon would be killed when that one retires.
-            process = subprocess.Popen(
-                command,
+            process = subprocess.Popen(  # noqa: ASYNC220  # returns at once, see below
+                # However we end, the daemon ends with us. Not trio's own open_process(): it spawns
+                # from a helper thread, and the signal comes when that thread ends.
+                ["setpriv", "--pdeathsig", "KILL", "--", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={"NOTIFY_SOCKET": str(folder / "notify.sock"), "PATH": "/usr/bin:/bin"},
-                preexec_fn=_die_with_parent,
             )
             self = cls(folder, process, log_path)
             try:
@@ -161,10 +160,3 @@ class VhostdProcess:
             answer.raise_for_status()
             status: dict[str, Any] = json.loads(answer.content)
             return status
-
-
-def _die_with_parent() -> None:
-    import ctypes  # runs in the child only
-
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -61,7 +61,7 @@ class Demo:
         """Sample until it holds or the step's time is over; returns the last sample."""
         with trio.move_on_after(STEP_TIMEOUT_S):
             # Two looks a moment apart make a picture; nothing announces the guest's numbers.
-            while not holds(await self.sample()):
+            while not holds(await self.sample()):  # noqa: ASYNC110
                 await trio.sleep(0.25)
         return await self.sample()
 
