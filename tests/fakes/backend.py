@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -24,10 +25,13 @@ from tests.fakes.messages import (
     ProtocolFeature,
     Request,
     VirtioFeature,
+    config,
     header,
     u64,
+    unpack_config,
     unpack_header,
     unpack_vring_state,
+    vring_state,
 )
 
 FEATURES = VirtioFeature.PROTOCOL_FEATURES | VirtioFeature.VERSION_1
@@ -110,7 +114,7 @@ class BackEnd:
     lost: str | None = None
     _changed: trio.Event = field(default_factory=trio.Event)
     _bases: dict[int, int] = field(default_factory=dict)
-    _channel: trio.socket.SocketType | None = None
+    _channel: socket.socket | None = None
 
     def requests(self) -> list[int]:
         """The numbers of all messages seen, in order."""
@@ -148,9 +152,7 @@ class BackEnd:
         """
         assert self._channel is not None, "the front end has sent no SET_BACKEND_REQ_FD"
         data = header(request, flags, len(payload)) + payload
-        stdlib = self._channel._sock if False else self._channel
-        del stdlib
-        _send_now(self._channel.fileno(), data, fds)
+        socket.send_fds(self._channel, [data], list(fds))
 
     async def next_answer(self, timeout_s: float = 10) -> Message:
         """The front end's next answer on the back-end channel.
@@ -162,3 +164,139 @@ class BackEnd:
         assert self._channel is not None, "the front end has sent no SET_BACKEND_REQ_FD"
         with trio.fail_after(timeout_s):
             return await _receive(self._channel)
+
+    async def serve(self, connection: socket.socket) -> None:
+        """Record and answer until the front end hangs up."""
+        try:
+            while True:
+                message = await _receive(connection)
+                seen = Seen(message.request, message.flags, message.payload, len(message.fds))
+                self.seen.append(seen)
+                self._keep(message)
+                self._wake()
+                if self.before_answer is not None:
+                    self.before_answer(seen)
+                self._answer(connection, seen)
+        except (ConnectionLost, BrokenPipeError) as error:
+            self.lost = str(error)
+            self._wake()
+
+    def close(self) -> None:
+        """Close the back-end channel, if there is one."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _keep(self, message: Message) -> None:
+        """Take what later answers need; close every descriptor but the channel's."""
+        fds = message.fds
+        if message.request == Request.SET_BACKEND_REQ_FD:
+            self.close()
+            self._channel = socket.socket(fileno=fds[0])
+            self._channel.setblocking(False)
+            fds = fds[1:]
+        elif message.request == Request.SET_VRING_BASE:
+            index, base = unpack_vring_state(message.payload)
+            self._bases[index] = base
+        for fd in fds:
+            os.close(fd)
+
+    def _answer(self, connection: socket.socket, seen: Seen) -> None:
+        if seen.request in self.unanswered:
+            return
+        reply = self._reply_to(seen)
+        if reply is None and seen.need_reply:
+            reply = u64(0)
+        if reply is not None:
+            answer = header(seen.request, Flags.VERSION | Flags.REPLY, len(reply)) + reply
+            # Smaller than any socket buffer, to a front end that waits for nothing else.
+            connection.send(answer)
+
+    def _reply_to(self, seen: Seen) -> bytes | None:
+        """The payload of a reply that is owed without being asked for; None if none is."""
+        offer = self.offer
+        numbers: dict[int, int] = {
+            Request.GET_FEATURES: offer.features,
+            Request.GET_PROTOCOL_FEATURES: offer.protocol_features,
+            Request.GET_QUEUE_NUM: offer.queue_count,
+            Request.GET_MAX_MEM_SLOTS: offer.memory_slots,
+            Request.GET_STATUS: 0,
+        }
+        if seen.request in numbers:
+            return u64(numbers[seen.request])
+        if seen.request == Request.GET_VRING_BASE:
+            index, _ = seen.ring
+            return vring_state(index, self._bases.get(index, 0))
+        if seen.request == Request.GET_CONFIG:
+            offset, size, _, _ = unpack_config(seen.payload)
+            return config(offset, offer.config[offset : offset + size])
+        if seen.request == Request.GET_SHMEM_CONFIG:
+            return shmem_config(offer.shmem_sizes)
+        return None
+
+
+def shmem_config(sizes: Sequence[int]) -> bytes:
+    """Pack the reply to GET_SHMEM_CONFIG: u32 count, u32 padding, 256 u64 sizes in bytes."""
+    filled = [*sizes, *[0] * (SHMEM_REGIONS_MAX - len(sizes))]
+    return struct.pack(f"=2I{SHMEM_REGIONS_MAX}Q", len(sizes), 0, *filled)
+
+
+def shmem_map(region: int, fd_offset: int, offset: int, size: int, *, writable: bool) -> bytes:
+    """Pack SHMEM_MAP and SHMEM_UNMAP: u8 region, 7 of padding, u64 file offset, u64 offset in the
+    region, u64 size in bytes, u64 flags (1 = writable)."""
+    return struct.pack("=B7x4Q", region, fd_offset, offset, size, int(writable))
+
+
+async def _receive(sock: socket.socket) -> Message:
+    """Read one whole message. Raises ConnectionLost."""
+    start, fds = await _read(sock, HEADER_SIZE)
+    request, flags, size = unpack_header(start)
+    payload, more = await _read(sock, size)
+    return Message(request, flags, payload, fds + more)
+
+
+async def _read(sock: socket.socket, size: int) -> tuple[bytes, tuple[int, ...]]:
+    data = b""
+    fds: tuple[int, ...] = ()
+    space = socket.CMSG_SPACE(_FDS_MAX * array.array("i").itemsize)
+    while len(data) < size:
+        await trio.lowlevel.wait_readable(sock)
+        try:
+            part, ancillary, _, _ = sock.recvmsg(size - len(data), space, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError as error:
+            raise ConnectionLost(str(error)) from error
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds += struct.unpack(f"={len(body) // 4}i", body)
+        if not part:
+            raise ConnectionLost(f"end of file after {len(data)} of {size} bytes")
+        data += part
+    return data, fds
+
+
+@asynccontextmanager
+async def listening(path: Path, offer: Offer | None = None) -> AsyncIterator[BackEnd]:
+    """A back end that listens at path and serves the first connection."""
+    back = BackEnd(offer or Offer())
+
+    async def accept_and_serve(listener: socket.socket) -> None:
+        await trio.lowlevel.wait_readable(listener)
+        connection, _ = listener.accept()
+        with connection:
+            connection.setblocking(False)
+            await back.serve(connection)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_and_serve, listener)
+            try:
+                yield back
+            finally:
+                nursery.cancel_scope.cancel()
+                back.close()

@@ -102,13 +102,14 @@ class Vm:
         await self._run_connection(self._connection)
 
     def _new_connection(self, worker: VmWorker, connection: Connection) -> DeviceConnection:
+        # Here and not in its task: somebody may wait for its end before that task first runs.
+        self._idle = trio.Event()
         return DeviceConnection(
             self.name, connection, self.balloon, worker, self._registry, self._journal
         )
 
     async def _run_connection(self, connection: DeviceConnection) -> None:
         self.connections += 1
-        self._idle = trio.Event()
         self._journal.log.info(LogEvent.VM_CONNECTED)
         self._journal.publish(LogEvent.VM_CONNECTED, {})
         try:
