@@ -77,6 +77,7 @@ class VhostdProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                process_group=0,  # Ctrl-C on the terminal is for us, who end it in order
                 env={"NOTIFY_SOCKET": str(folder / "notify.sock"), "PATH": "/usr/bin:/bin"},
             )
             self = cls(folder, process, log_path)

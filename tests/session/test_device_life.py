@@ -204,6 +204,13 @@ def test_a_packed_ring_back_at_index_0_has_not_begun_anew() -> None:
     assert restart(talk, [0] * QUEUES) == [False] * QUEUES
 
 
+def test_a_packed_ring_that_stood_at_index_0_of_another_round_had_moved() -> None:
+    talk = Conversation(position=RingPosition(0, 0, 0, 0))
+    talk.start(PACKED)
+
+    assert restart(talk, [BEGINNING[PACKED]] * QUEUES) == [True] * QUEUES
+
+
 def test_a_ring_reset_alone_is_no_fresh_driver() -> None:
     """VIRTIO_F_RING_RESET: the others go on, so what the driver knows is still true."""
     talk = Conversation(position=AT_WORK[SPLIT])

@@ -292,6 +292,19 @@ def test_giving_up_protocol_features_enables_all_rings() -> None:
     assert talk.enable(1, False) == 1
 
 
+def test_taking_protocol_features_up_again_disables_what_does_not_run() -> None:
+    """Spec, "Ring states": with bit 30 a ring begins disabled; one that runs goes on."""
+    talk = Conversation()
+    talk.start(rings=[1])
+    talk.ack(Request.SET_FEATURES, u64(WITHOUT_BIT_30))
+    talk.take()
+
+    assert talk.ack(Request.SET_FEATURES, u64(SPLIT)) == 0
+
+    assert [ring.enabled for ring in talk.state.rings] == [False, True, False]
+    assert talk.take() == []
+
+
 def test_each_start_settles_the_features_for_the_device() -> None:
     talk = Conversation()
     talk.negotiate(PACKED)
@@ -355,6 +368,10 @@ def test_reset_stops_everything_and_keeps_memory_and_negotiation(packed: bool) -
     """H31."""
     talk = Conversation()
     talk.start(PACKED if packed else SPLIT, rings=[0, 2])
+    for index in range(QUEUES):
+        talk.ack(Request.SET_VRING_CALL, u64(index), [eventfd()])
+        talk.ack(Request.SET_VRING_ERR, u64(index), [eventfd()])
+    held = [(False, False, True), (False, True, True), (False, False, True)]
     before = talk.state
     talk.take()
 
@@ -369,6 +386,7 @@ def test_reset_stops_everything_and_keeps_memory_and_negotiation(packed: bool) -
     assert talk.state.regions == before.regions
     assert talk.state.features == before.features
     assert not any(ring.started or ring.enabled for ring in talk.state.rings)
+    assert [(ring.kick, ring.call, ring.err) for ring in talk.state.rings] == held
     assert talk.stop(0) == (0x8000_8000 if packed else 0)
     assert talk.kick(0) == 1, "a ring needs a new set-up after a reset"
     talk.set_up(0, base=None)

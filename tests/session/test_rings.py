@@ -298,6 +298,19 @@ def test_a_stopped_ring_says_where_it_stands(
     assert started(talk).setup.position == position
 
 
+def test_a_stopped_ring_keeps_its_err_only() -> None:
+    """QEMU sends SET_VRING_ERR once in the life of a connection, the others at each start."""
+    talk = Conversation()
+    talk.start(rings=[0])
+    talk.ack(Request.SET_VRING_CALL, u64(0), [eventfd()])
+    talk.ack(Request.SET_VRING_ERR, u64(0), [eventfd()])
+
+    talk.stop(0)
+
+    ring = talk.state.rings[0]
+    assert (ring.kick, ring.call, ring.err) == (False, False, True)
+
+
 # -- descriptors -----------------------------------------------------------------------------------
 
 

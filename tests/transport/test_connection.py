@@ -201,6 +201,25 @@ async def test_a_reply_larger_than_the_socket_buffer_arrives_whole() -> None:
         assert bytes(received) == reply
 
 
+async def test_a_descriptor_rides_with_the_first_byte_only() -> None:
+    with no_leak(), connected() as (connection, vmm):
+        size = 4 << 20
+        fds: list[int] = []
+
+        def read() -> None:
+            left = size
+            while left:
+                data, more, _flags, _address = socket.recv_fds(vmm, left, 16)
+                left -= len(data)
+                fds.extend(more)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, read)
+            await connection.send(Reply(bytes(size), (OwnedFd(os.memfd_create("inflight")),)))
+        assert len(fds) == 1
+        os.close(fds[0])
+
+
 async def test_a_reply_cut_short_spoils_the_connection() -> None:
     """The VMM would take the next reply for the rest of this one."""
     with connected() as (connection, _vmm):

@@ -147,7 +147,9 @@ async def test_a_listening_socket_can_be_handed_over(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.bind(str(tmp_path / "s"))
         sock.listen()
-        passed = from_passed_fd(os.dup(sock.fileno()))
+        given = os.dup(sock.fileno())
+        os.set_inheritable(given, True)
+        passed = from_passed_fd(given)
     assert isinstance(passed, Listener)
     assert not os.get_inheritable(passed.fileno())
     passed.close()

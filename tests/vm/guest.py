@@ -249,6 +249,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            process_group=0,  # Ctrl-C on the terminal is for us, who end it in order
             pass_fds=[theirs.fileno() for _, theirs in pairs.values()],
         )
     streams = []

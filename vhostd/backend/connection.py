@@ -135,11 +135,16 @@ class DeviceConnection:
                 with trio.CancelScope(shield=True):
                     await self._worker.detach(self._native)
         finally:
-            if self._performer.started:
-                self._device.on_stopped()
+            self._forget_driver()
             self._performer.close()
             self._native.close()
             self._connection.close()
+
+    def _forget_driver(self) -> None:
+        # There is nobody left to perform effects for: only what the device itself knows changes.
+        self._device.on_stopped()
+        self._device.on_driver_reset()
+        self._device.on_features(0)
 
     # -- messages ------------------------------------------------------------------------------
 
