@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from vhostd.errors import HostError
 from vhostd.protocol.features import BACKEND_PROTOCOL_FEATURES, ProtocolFeature
@@ -13,8 +11,7 @@ from vhostd.session.machine import HANDLERS, SessionMachine
 from vhostd.session.plan import Offer
 from vhostd.session.state import SessionState
 
-from tests.fakes import messages
-from tests.fakes.messages import VirtioFeature, u64, vring_state
+from tests.fakes.messages import VirtioFeature, u64
 from tests.protocol.streams import Watched
 from tests.session.conversation import (
     CONFIG_SIZE,
@@ -312,57 +309,6 @@ def test_each_start_settles_the_features_for_the_device() -> None:
     assert actions.FeaturesSettled(PACKED) in talk.take()
 
 
-def test_config_space_is_read_and_written_through_the_shell() -> None:
-    talk = Conversation()
-    talk.negotiate()
-    talk.take()
-
-    answer = talk.send(Request.GET_CONFIG, messages.config(4, bytes(8), 0))
-    assert answer == messages.config(4, b"\xc0" * 8, 0)
-    assert talk.ack(Request.SET_CONFIG, messages.config(0, bytes(range(16)), 0)) == 0
-    assert talk.ack(Request.SET_CONFIG, messages.config(4, b"live", 1)) == 0
-
-    assert talk.take() == [
-        actions.GetConfig(4, 8),
-        actions.SetConfig(0, bytes(range(16)), migration=False),
-        actions.SetConfig(4, b"live", migration=True),
-    ]
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        messages.config(0, bytes(17)),
-        messages.config(16, bytes(1)),
-        messages.config(0xFFFF_FFFF, bytes(16)),
-        messages.config(0, b""),
-        messages.config(0, bytes(16), 0, 15),
-        messages.config(0, bytes(16), 0, 0xFFFF_FFFF),
-    ],
-)
-def test_config_space_outside_the_device_is_refused(payload: bytes) -> None:
-    """H97. Size 0 in the reply is how GET_CONFIG says no."""
-    talk = Conversation()
-    talk.negotiate()
-    talk.take()
-
-    answer = talk.send(Request.GET_CONFIG, payload)
-    assert answer is not None
-    assert len(answer) == 12
-    assert messages.unpack_config(answer)[1] == 0
-    assert talk.ack(Request.SET_CONFIG, payload) == 1
-    assert talk.take() == []
-
-
-@pytest.mark.parametrize("flags", [2, 3, 0xFFFF_FFFF])
-def test_config_writes_of_unknown_kind_are_refused(flags: int) -> None:
-    """H97."""
-    talk = Conversation()
-    talk.negotiate()
-
-    assert talk.ack(Request.SET_CONFIG, messages.config(0, bytes(16), flags)) == 1
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_reset_stops_everything_and_keeps_memory_and_negotiation(packed: bool) -> None:
     """H31."""
@@ -432,27 +378,3 @@ def test_closing_stops_exactly_the_rings_that_run() -> None:
     talk.start(rings=[1])
 
     assert talk.machine.close() == (actions.DeviceStopped(), actions.StopRing(1))
-
-
-def test_ring_messages_of_a_ring_there_is_not_are_refused() -> None:
-    """H56."""
-    talk = Conversation()
-    talk.start(rings=[0])
-    before = talk.state
-    talk.take()
-    descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - counts our own descriptors
-    for index in (QUEUES, 255, 0xFFFF_FFFF):
-        for request in (
-            Request.SET_VRING_NUM,
-            Request.SET_VRING_BASE,
-            Request.SET_VRING_ENABLE,
-        ):
-            assert talk.ack(request, vring_state(index, 1)) == 1
-        assert talk.ack(Request.SET_VRING_ADDR, messages.vring_addr(index, 0, 0, 0)) == 1
-        assert talk.stop(index) == 0
-    for index in (QUEUES, 255, 0x200, 1 << 32):
-        for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
-            assert talk.ack(request, u64(index), [eventfd()]) == 1
-    assert talk.state == before
-    assert talk.take() == []
-    assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
