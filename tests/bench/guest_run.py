@@ -82,7 +82,7 @@ async def _built_in(stack: Stack, _folder: Path) -> AsyncIterator[Device]:
 async def _vhostd(stack: Stack, folder: Path) -> AsyncIterator[Device]:
     control = folder / "control.sock"
     # Like the built-in device's defaults: nothing but the balloon itself.
-    options = [f"--control-socket={control}", "--no-free-page-reporting"]
+    options = [f"--runtime-dir={folder}", "--no-free-page-reporting"]
     options += ["--no-free-page-hinting", "--stats-interval-s=0"]
     program = await trio.to_thread.run_sync(Program.start, "vhostd-balloon", folder, options)
     try:
