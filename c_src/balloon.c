@@ -63,7 +63,7 @@ static int read_pfns(const struct vhd_table *table, const struct vhd_walk *walk,
     return (int)(wanted / PFN_SIZE);
 }
 
-/* The page a number stands for; false outside guest memory. */
+/* The page a number stands for; false outside guest memory, or where it is no page of the file. */
 static bool locate(const struct vhd_table *table, uint32_t pfn, const struct vhd_region **last,
                    struct page *page)
 {
@@ -75,8 +75,12 @@ static bool locate(const struct vhd_table *table, uint32_t pfn, const struct vhd
     if (region == NULL || guest_addr < region->guest_addr ||
         region->size - (guest_addr - region->guest_addr) < VHD_GUEST_PAGE_SIZE)
         return false;
+    uint64_t offset = region->file_offset + (guest_addr - region->guest_addr);
+    /* A slot may begin off the file's pages; then no page of the file is this page alone. */
+    if (offset % VHD_GUEST_PAGE_SIZE != 0)
+        return false;
     page->mapping = region->mapping;
-    page->index = (region->file_offset + (guest_addr - region->guest_addr)) / VHD_GUEST_PAGE_SIZE;
+    page->index = offset / VHD_GUEST_PAGE_SIZE;
     page->guest_addr = guest_addr;
     return true;
 }

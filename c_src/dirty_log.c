@@ -3,13 +3,14 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "vhd.h"
 
 vhd_log *vhd_log_create(int fd, uint64_t size, uint64_t offset, int *error)
 {
     struct stat status;
-    uint64_t page_size = VHD_GUEST_PAGE_SIZE;
+    uint64_t page_size = (uint64_t)sysconf(_SC_PAGESIZE);
     struct vhd_log *log;
 
     if (fstat(fd, &status) != 0) {
@@ -59,8 +60,16 @@ bool vhd_log_mark(struct vhd_log *log, uint64_t guest_addr, uint64_t size)
     uint64_t pages = log->size * 8;
     bool whole = last < pages;
 
-    for (uint64_t page = first; page <= last && page < pages; page++)
-        atomic_fetch_or_explicit(&log->bits[page / 8], (uint8_t)(1u << (page % 8)),
+    if (first >= pages)
+        return false;
+    if (!whole)
+        last = pages - 1;
+    for (uint64_t byte = first / 8; byte <= last / 8; byte++) {
+        uint64_t low = byte == first / 8 ? first % 8 : 0;
+        uint64_t high = byte == last / 8 ? last % 8 : 7;
+
+        atomic_fetch_or_explicit(&log->bits[byte], (uint8_t)(0xffu << low & 0xffu >> (7 - high)),
                                  memory_order_release);
+    }
     return whole;
 }

@@ -14,26 +14,33 @@ static void count(uint64_t *counter, uint64_t by)
     __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
 }
 
-/* Add 1 to an eventfd of the VMM without ever blocking: its counter may be full, and whether it
- * blocks is the VMM's choice, since the setting is shared with it. */
-static bool signal_eventfd(int fd)
+/* Whether 1 can be added to an eventfd of the VMM without blocking: its counter may be full, and
+ * whether it blocks is the VMM's choice, since the setting is shared with it. */
+static bool has_room(int fd)
 {
     struct pollfd writable = {.fd = fd, .events = POLLOUT};
-    uint64_t one = 1;
 
-    if (poll(&writable, 1, 0) != 1 || !(writable.revents & POLLOUT))
-        return false;
-    return write(fd, &one, sizeof one) == sizeof one;
+    return poll(&writable, 1, 0) == 1 && (writable.revents & POLLOUT);
+}
+
+static void add_one(int fd)
+{
+    uint64_t one = 1;
+    ssize_t rc = write(fd, &one, sizeof one);
+
+    (void)rc; /* full since we looked: then whoever waits for it is awake */
 }
 
 void vhd_queue_call(struct vhd_queue *queue)
 {
     if (!vhd_ring_should_call(&queue->ring) || queue->call_fd < 0)
         return;
-    if (signal_eventfd(queue->call_fd))
-        count(&queue->shared->calls, 1);
-    else
+    if (!has_room(queue->call_fd)) {
         count(&queue->shared->calls_dropped, 1);
+        return;
+    }
+    count(&queue->shared->calls, 1); /* before: who is woken by it may look at once */
+    add_one(queue->call_fd);
 }
 
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written)
@@ -87,8 +94,8 @@ static void quarantine(struct vhd_device *device, struct vhd_queue *queue, int f
     count(&queue->shared->faults, 1);
     queue->look = false;
     (void)vhd_queue_watch(device, queue); /* only takes it away, which cannot fail */
-    if (queue->err_fd >= 0)
-        (void)signal_eventfd(queue->err_fd);
+    if (queue->err_fd >= 0 && has_room(queue->err_fd))
+        add_one(queue->err_fd);
     vhd_device_raise(device, VHD_EVENT_FAULT);
 }
 
@@ -120,36 +127,44 @@ static int handle(struct vhd_device *device, struct vhd_queue *queue, const stru
     }
 }
 
-/* Take one chain and see it through. 1 done, 0 nothing (or no room), negative -(enum vhd_fault). */
-static int serve_one(struct vhd_device *device, struct vhd_queue *queue, struct vhd_walk *walk)
-{
-    struct vhd_ring_position before = queue->ring.position;
-    int rc;
-
-    if (is_control(queue) && vhd_handed_full(queue))
-        return 0;
-    rc = vhd_ring_pop(&queue->ring, walk, has_data_ranges(queue));
-    if (rc <= 0)
-        return rc;
-    count(&queue->shared->chains, 1);
-    if (is_control(queue))
-        return vhd_handed_put(device, queue, walk, before);
-    rc = handle(device, queue, walk);
-    if (rc < 0)
-        return rc;
-    if (rc == VHD_CHAIN_REJECTED)
-        count(&queue->shared->rejected, 1);
-    vhd_queue_give_back(queue, walk->id, walk->slots, 0);
-    vhd_queue_call(queue);
-    return 1;
-}
-
 struct turn {
     struct vhd_device *device;
     struct vhd_queue *queue;
     struct vhd_walk *walk;
     int fault;
+    bool taking; /* a chain is taken, and neither given back nor with Python yet */
+    struct vhd_ring_position before; /* of the ring when that chain was popped */
 };
+
+/* Take one chain and see it through. 1 done, 0 nothing (or no room), negative -(enum vhd_fault). */
+static int serve_one(struct turn *turn)
+{
+    struct vhd_queue *queue = turn->queue;
+    int rc;
+
+    if (is_control(queue) && vhd_handed_full(queue))
+        return 0;
+    turn->before = queue->ring.position;
+    turn->taking = true;
+    rc = vhd_ring_pop(&queue->ring, turn->walk, has_data_ranges(queue));
+    if (rc <= 0)
+        return rc;
+    count(&queue->shared->chains, 1);
+    if (is_control(queue)) {
+        rc = vhd_handed_put(turn->device, queue, turn->walk, turn->before);
+        turn->taking = rc < 0;
+        return rc;
+    }
+    rc = handle(turn->device, queue, turn->walk);
+    if (rc < 0)
+        return rc;
+    turn->taking = false;
+    if (rc == VHD_CHAIN_REJECTED)
+        count(&queue->shared->rejected, 1);
+    vhd_queue_give_back(queue, turn->walk->id, turn->walk->slots, 0);
+    vhd_queue_call(queue);
+    return 1;
+}
 
 static void take_turn(void *argument)
 {
@@ -162,7 +177,7 @@ static void take_turn(void *argument)
 
         if (vhd_worker_wants_park(turn->device->worker))
             return;
-        rc = serve_one(turn->device, queue, turn->walk);
+        rc = serve_one(turn);
         if (rc < 0) {
             turn->fault = -rc;
             return;
@@ -180,7 +195,7 @@ static void take_turn(void *argument)
 
 static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, struct vhd_walk *walk)
 {
-    struct turn turn = {device, queue, walk, VHD_FAULT_NONE};
+    struct turn turn = {.device = device, .queue = queue, .walk = walk};
     uint64_t errors = device->balloon.counters->discard_errors;
 
     if (!queue->started || !queue->enabled || queue->handler == VHD_HANDLER_NONE ||
@@ -191,8 +206,13 @@ static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, stru
     count(&queue->shared->kicks, 1);
     if (!vhd_sigbus_guard(take_turn, &turn))
         turn.fault = VHD_FAULT_SIGBUS;
-    if (turn.fault != VHD_FAULT_NONE)
+    if (turn.fault != VHD_FAULT_NONE) {
+        if (turn.taking) { /* the chain comes again when the ring starts again */
+            queue->ring.position.next_avail = turn.before.next_avail;
+            queue->ring.position.avail_wrap = turn.before.avail_wrap;
+        }
         quarantine(device, queue, turn.fault);
+    }
     vhd_queue_publish_position(queue);
     if (device->balloon.counters->discard_errors != errors)
         vhd_device_raise(device, VHD_EVENT_HOST_ERROR);

@@ -41,7 +41,8 @@ int vhd_ring_translate(struct vhd_ring *ring, const struct vhd_table *table)
         if (parts[i].addr % parts[i].alignment != 0)
             return -EFAULT;
         host[i] = vhd_table_contiguous(table, parts[i].addr, parts[i].size);
-        if (host[i] == NULL)
+        /* A region may lie off its alignment in the file; atomic loads need it here too. */
+        if (host[i] == NULL || (uintptr_t)host[i] % parts[i].alignment != 0)
             return -EFAULT;
     }
     /* They lie in guest memory, so no sum above can wrap. */

@@ -22,11 +22,9 @@ static bool flags_available(uint16_t flags, uint8_t wrap)
     return avail == (wrap != 0) && used != (wrap != 0);
 }
 
-static bool next_is_available(const struct vhd_ring *ring)
+static uint16_t load_next_flags(const struct vhd_ring *ring)
 {
-    uint16_t flags = vhd_load16(descriptor_at(ring, ring->position.next_avail) + 14);
-
-    return flags_available(flags, ring->position.avail_wrap);
+    return vhd_load16(descriptor_at(ring, ring->position.next_avail) + 14);
 }
 
 static void advance(const struct vhd_ring *ring, uint16_t *index, uint8_t *wrap, uint16_t slots)
@@ -44,10 +42,11 @@ int vhd_packed_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_range
 {
     uint16_t index = ring->position.next_avail;
     uint8_t wrap = ring->position.avail_wrap;
+    uint16_t first_flags = load_next_flags(ring);
     uint16_t slots = 0;
     struct vhd_descriptor descriptor;
 
-    if (!next_is_available(ring))
+    if (!flags_available(first_flags, wrap))
         return 0;
     vhd_fence_after_avail();
     do {
@@ -60,7 +59,8 @@ int vhd_packed_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_range
         descriptor.addr = vhd_load64(at);
         descriptor.size = (uint32_t)tail;
         descriptor.next = (uint16_t)(tail >> 32);
-        descriptor.flags = (uint16_t)(tail >> 48);
+        /* Those that made the chain available are not looked at twice. */
+        descriptor.flags = slots == 0 ? first_flags : (uint16_t)(tail >> 48);
         rc = descriptor.flags & VHD_DESC_INDIRECT
                  ? vhd_walk_add_indirect(walk, ring, &descriptor, data_ranges)
                  : vhd_walk_add(walk, ring, &descriptor, data_ranges);
@@ -81,6 +81,15 @@ int vhd_packed_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_range
     return 1;
 }
 
+/* A packed ring gives back in its descriptor ring, but VMMs log "the used ring" at the address of
+ * the device event suppression (QEMU's vq->used_phys), so log_addr says nothing about it. */
+static void log_descriptor(const struct vhd_ring *ring, uint16_t index)
+{
+    if (ring->log != NULL && (ring->features & VHD_RING_LOG_USED))
+        (void)vhd_log_mark(ring->log, ring->desc_addr + (uint64_t)index * VHD_DESC_SIZE,
+                           VHD_DESC_SIZE);
+}
+
 void vhd_packed_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written)
 {
     uint8_t *at = descriptor_at(ring, ring->position.next_used);
@@ -92,8 +101,7 @@ void vhd_packed_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_
     vhd_store16(at + 12, id);
     vhd_fence_before_used();
     vhd_store16(at + 14, flags);
-    /* The used part of a packed ring is its descriptor ring (vhost-user, "Migration"). */
-    vhd_ring_log_used(ring, (uint64_t)(at - ring->desc), VHD_DESC_SIZE);
+    log_descriptor(ring, ring->position.next_used);
     advance(ring, &ring->position.next_used, &ring->position.used_wrap, slots);
 }
 
@@ -116,6 +124,8 @@ bool vhd_packed_should_call(struct vhd_ring *ring)
     if (flags != EVENTS_DESC || !(ring->features & VHD_RING_EVENT_IDX) || !valid)
         return true;
     event = off_wrap & 0x7fff;
+    if (event >= ring->size)
+        return true; /* no such descriptor: better one interrupt more than none for ever */
     if ((off_wrap >> 15) != ring->position.used_wrap)
         event = (uint16_t)(event - ring->size);
     if (now <= before)
@@ -126,6 +136,7 @@ bool vhd_packed_should_call(struct vhd_ring *ring)
 void vhd_packed_kicks_off(struct vhd_ring *ring)
 {
     vhd_store16(ring->used + 2, EVENTS_DISABLE);
+    vhd_ring_log_used(ring, 0, 4);
 }
 
 bool vhd_packed_kicks_on(struct vhd_ring *ring)
@@ -139,6 +150,7 @@ bool vhd_packed_kicks_on(struct vhd_ring *ring)
     } else {
         vhd_store16(ring->used + 2, EVENTS_ENABLE);
     }
+    vhd_ring_log_used(ring, 0, 4);
     vhd_fence_store_load();
-    return next_is_available(ring);
+    return flags_available(load_next_flags(ring), ring->position.avail_wrap);
 }

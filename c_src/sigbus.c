@@ -12,18 +12,23 @@ static pthread_once_t installed = PTHREAD_ONCE_INIT;
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     sigjmp_buf *target = landing;
+    bool sent = info->si_code <= 0; /* by kill() and its like: nobody touched anything */
 
-    if (target != NULL) {
+    if (target != NULL && !sent) {
         landing = NULL;
         siglongjmp(*target, 1);
     }
-    /* Not ours: as if we had never been here. Returning runs into the same fault again. */
-    if (previous.sa_flags & SA_SIGINFO)
+    /* Not ours: as if we had never been here. */
+    if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(number, info, context);
-    else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN)
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
         previous.sa_handler(number);
-    else
+    } else if (previous.sa_handler == SIG_DFL || !sent) {
+        /* Returning runs into the same fault again; a signal that was sent must be sent again. */
         sigaction(SIGBUS, &previous, NULL);
+        if (sent)
+            (void)raise(number);
+    }
 }
 
 static void install(void)
