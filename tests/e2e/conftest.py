@@ -46,7 +46,10 @@ def serve(stack: Stack, tmp_path: Path) -> Serve:
 
     @asynccontextmanager
     async def start(
-        kernel: str = "6.12", options: str = "", modprobe: tuple[str, ...] = ("virtio_balloon",)
+        kernel: str = "6.12",
+        options: str = "",
+        modprobe: tuple[str, ...] = ("virtio_balloon",),
+        append: str = "",
     ) -> AsyncIterator[Served]:
         configuration = f'[vm.{VM}.balloon]\nsocket = "{BALLOON_SOCKET}"\n{options}\n'
         async with (
@@ -57,6 +60,7 @@ def serve(stack: Stack, tmp_path: Path) -> Serve:
                 memory="1G",
                 devices=balloon_device(tmp_path / BALLOON_SOCKET),
                 modprobe=modprobe,
+                append=append,
             ) as guest,
         ):
             yield Served(daemon, guest)
