@@ -205,21 +205,29 @@ int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_set
     struct vhd_queue *queue = queue_at(device, index);
     int rc;
 
+    assert(device->worker != NULL && !queue->started);
     assert_parked(device);
-    assert(!queue->started);
     rc = vhd_ring_init(&queue->ring, table_of(device), setup);
     if (rc != 0)
         return rc;
     rc = vhd_handed_open(queue);
     if (rc != 0)
         return rc;
+    queue->kick_fd = setup->kick_fd;
+    rc = vhd_queue_watch(device, queue);
+    if (rc != 0) {
+        queue->kick_fd = -1;
+        vhd_handed_close(queue);
+        return rc;
+    }
     queue->ring.log = device->log;
     queue->handler = setup->handler;
-    queue->kick_fd = setup->kick_fd;
     queue->call_fd = setup->call_fd;
     queue->err_fd = setup->err_fd;
     queue->started = true;
+    queue->enabled = queue->look = false;
     queue->shared->started = 1;
+    queue->shared->enabled = 0;
     queue->shared->fault = VHD_FAULT_NONE;
     vhd_queue_publish_position(queue);
     return 0;
@@ -228,16 +236,15 @@ int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_set
 void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled)
 {
     struct vhd_queue *queue = queue_at(device, index);
-    int rc;
 
     assert_parked(device);
+    if (!queue->started)
+        return;
     queue->enabled = enabled != 0;
     queue->shared->enabled = enabled != 0;
     /* The driver's kick may have come before anybody listened, so look once without one. */
     queue->look = queue->enabled;
-    rc = vhd_queue_watch(device, queue);
-    assert(rc == 0); /* an eventfd can be watched; the caller let nothing else through */
-    (void)rc;
+    vhd_queue_listen(device, queue);
 }
 
 void vhd_ring_set_handler(vhd_device *device, uint32_t index, uint32_t handler)
@@ -273,7 +280,7 @@ void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position 
     queue->shared->position = *position;
     queue->started = queue->enabled = queue->look = false;
     queue->shared->started = queue->shared->enabled = 0;
-    (void)vhd_queue_watch(device, queue); /* only takes it away */
+    vhd_queue_unwatch(device, queue);
     pthread_mutex_lock(&device->lock);
     vhd_handed_close(queue);
     pthread_mutex_unlock(&device->lock);

@@ -4,8 +4,8 @@
  * chain on, and comes again when the ring starts there. Only the worker touches guest memory here;
  * the lock guards counters and entries, and is never held over guest memory, because a SIGBUS there
  * leaves by a long jump. Must not know what Python does with a chain. */
-#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "vhd.h"
 
@@ -165,17 +165,28 @@ int vhd_handed_deliver_one(struct vhd_device *device, struct vhd_queue *queue)
     return 1;
 }
 
+static size_t handed_size(void)
+{
+    return VHD_CONTROL_CHAINS_MAX * sizeof(struct vhd_handed_chain);
+}
+
 int vhd_handed_open(struct vhd_queue *queue)
 {
-    queue->oldest = queue->taken = queue->popped = 0;
-    /* Whether Python serves this ring is known only later; untouched pages cost nothing. */
-    queue->handed = calloc(VHD_CONTROL_CHAINS_MAX, sizeof *queue->handed);
-    return queue->handed == NULL ? -ENOMEM : 0;
+    /* Whether Python serves this ring is known only later; untouched pages cost nothing. Not
+     * calloc(), which clears, and so touches, what was freed before. */
+    void *at = mmap(NULL, handed_size(), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (at == MAP_FAILED)
+        return -errno;
+    queue->handed = at;
+    return 0;
 }
 
 void vhd_handed_close(struct vhd_queue *queue)
 {
-    free(queue->handed);
+    munmap(queue->handed, handed_size());
     queue->handed = NULL;
-    queue->oldest = queue->taken = queue->popped = 0;
+    /* Counted on, not from 0: a token of before the stop must never fit a chain of after it. */
+    queue->oldest = queue->taken = queue->popped;
 }

@@ -124,10 +124,10 @@ bool vhd_mapping_give_up(vhd_mapping *mapping, uint64_t page, bool given_up)
     if (((old & bit) != 0) == given_up)
         return false;
     atomic_store_explicit(word, old ^ bit, memory_order_relaxed);
-    if (given_up)
-        atomic_fetch_add_explicit(&mapping->given_up_pages, 1, memory_order_relaxed);
-    else
-        atomic_fetch_sub_explicit(&mapping->given_up_pages, 1, memory_order_relaxed);
+    /* One thread writes, so neither needs a locked instruction. */
+    atomic_store_explicit(&mapping->given_up_pages,
+                          vhd_mapping_given_up_pages(mapping) + (given_up ? 1 : UINT64_MAX),
+                          memory_order_relaxed);
     return true;
 }
 

@@ -70,22 +70,36 @@ struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue)
 
 /* -- the kick --------------------------------------------------------------------------------- */
 
-/* Edge-triggered and never read: each kick is a new edge, so that one system call a kick is saved,
+/* In the worker's epoll from start to stop, so that only a start can fail for want of memory.
+ * Edge-triggered and never read: each kick is a new edge, so that one system call a kick is saved,
  * no read can block, and an eventfd that is always readable cannot keep us busy. */
 int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue)
 {
-    bool wanted = queue->started && queue->enabled && queue->kick_fd >= 0 &&
-                  queue->shared->fault == VHD_FAULT_NONE && device->worker != NULL;
-    int rc = 0;
+    if (queue->kick_fd < 0)
+        return 0;
+    return vhd_worker_watch(device->worker, queue->kick_fd, EPOLLET, VHD_SOURCE_KICK, device->slot,
+                            queue->index);
+}
 
-    if (wanted && !queue->watched)
-        rc = vhd_worker_watch(device->worker, queue->kick_fd, EPOLLIN | EPOLLET, VHD_SOURCE_KICK,
-                              device->slot, queue->index);
-    else if (!wanted && queue->watched)
+void vhd_queue_unwatch(struct vhd_device *device, struct vhd_queue *queue)
+{
+    if (queue->kick_fd >= 0)
         vhd_worker_unwatch(device->worker, queue->kick_fd);
-    if (rc == 0)
-        queue->watched = wanted;
-    return rc;
+}
+
+void vhd_queue_listen(struct vhd_device *device, struct vhd_queue *queue)
+{
+    bool wanted = queue->enabled && queue->shared->fault == VHD_FAULT_NONE;
+
+    if (queue->kick_fd >= 0)
+        vhd_worker_rewatch(device->worker, queue->kick_fd, wanted ? EPOLLIN | EPOLLET : EPOLLET,
+                           VHD_SOURCE_KICK, device->slot, queue->index);
+}
+
+void vhd_queue_kicked(struct vhd_queue *queue)
+{
+    queue->look = true;
+    count(&queue->shared->kicks, 1);
 }
 
 static void quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault)
@@ -93,7 +107,7 @@ static void quarantine(struct vhd_device *device, struct vhd_queue *queue, int f
     queue->shared->fault = (uint8_t)fault;
     count(&queue->shared->faults, 1);
     queue->look = false;
-    (void)vhd_queue_watch(device, queue); /* only takes it away, which cannot fail */
+    vhd_queue_listen(device, queue);
     if (queue->err_fd >= 0 && has_room(queue->err_fd))
         add_one(queue->err_fd);
     vhd_device_raise(device, VHD_EVENT_FAULT);
@@ -203,7 +217,6 @@ static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, stru
         queue->look = false;
         return;
     }
-    count(&queue->shared->kicks, 1);
     if (!vhd_sigbus_guard(take_turn, &turn))
         turn.fault = VHD_FAULT_SIGBUS;
     if (turn.fault != VHD_FAULT_NONE) {

@@ -232,8 +232,7 @@ struct vhd_queue {
     uint32_t handler;
     bool started;
     bool enabled;
-    bool watched; /* its kick is in the worker's epoll */
-    bool look;    /* something may be available */
+    bool look; /* something may be available */
     int kick_fd, call_fd, err_fd;
     struct vhd_ring_shared *shared;
     /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows. Counted by token;
@@ -285,8 +284,11 @@ void vhd_device_serve_mail(struct vhd_device *device);
 /* Serve what is available, bounded; true when something is left. */
 bool vhd_device_serve_rings(struct vhd_device *device, struct vhd_walk *walk);
 
-/* queue.c */
+/* queue.c: the kick is watched from start to stop, -errno; listened to only while served. */
 int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue);
+void vhd_queue_unwatch(struct vhd_device *device, struct vhd_queue *queue);
+void vhd_queue_listen(struct vhd_device *device, struct vhd_queue *queue);
+void vhd_queue_kicked(struct vhd_queue *queue);
 void vhd_queue_call(struct vhd_queue *queue);
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written);
 struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue);

@@ -96,7 +96,7 @@ struct vhd_ring_shared {
     uint8_t enabled;
     uint8_t fault; /* enum vhd_fault; not 0 = quarantined */
     uint8_t reserved[5];
-    uint64_t kicks;
+    uint64_t kicks;         /* seen; several before we look are one */
     uint64_t chains;        /* taken from the ring */
     uint64_t used;          /* given back */
     uint64_t calls;         /* interrupts raised */
@@ -223,9 +223,11 @@ struct vhd_ring_setup {
 };
 
 /* -EINVAL: size not legal; -EFAULT: a part is unaligned, outside one region, or overlaps another
- * part. The ring is looked at once as soon as it is enabled. [parked] */
+ * part; else what mmap(2) and epoll_ctl(2) say. The device must be attached. The ring is looked at
+ * once as soon as it is enabled. [parked] */
 int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup);
-void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled);           /* [parked] */
+/* Nothing for a ring that is not started. [parked] */
+void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled);
 void vhd_ring_set_handler(vhd_device *device, uint32_t index, uint32_t handler); /* [parked] */
 void vhd_ring_set_call(vhd_device *device, uint32_t index, int fd);              /* [parked] */
 void vhd_ring_set_err(vhd_device *device, uint32_t index, int fd);               /* [parked] */

@@ -140,7 +140,7 @@ static void take_event(struct vhd_worker *worker, const struct epoll_event *even
         vhd_socket_serve(device, event->events);
         break;
     case VHD_SOURCE_KICK:
-        device->queues[key >> 8 & 0xff].look = true;
+        vhd_queue_kicked(&device->queues[key >> 8 & 0xff]);
         break;
     }
 }

@@ -155,17 +155,17 @@ class DeviceConnection:
                 if message is not None:
                     await self._handle(message)
                     continue
+                self._socket_needs_us = trio.Event()
+                self._native.arm_socket()
             except Disconnected:
                 return
-            except (FrontendError, HostError) as error:
+            except (FrontendError, OSError) as error:
                 self._journal.log.error(
                     LogEvent.FRONTEND_ERROR,
                     error=str(error),
                     consequence="connection closed; the guest's next reboot will end QEMU",
                 )
                 return
-            self._socket_needs_us = trio.Event()
-            self._native.arm_socket()
             await self._socket_needs_us.wait()
 
     async def _handle(self, message: Message) -> None:

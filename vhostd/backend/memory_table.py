@@ -6,11 +6,12 @@ Knows regions and their files. Must not know messages, rings or other devices.
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from vhostd import _native
-from vhostd.errors import FrontendError
+from vhostd.errors import FrontendError, HostError
 from vhostd.memory.registry import HeldRegion, MemoryRegistry, RegionRequest
 from vhostd.protocol.wire import MemoryRegion
 from vhostd.session.actions import FileIdentity, RegionSource
@@ -88,7 +89,8 @@ class DeviceMemory:
                 self._device.set_regions([held.region for held in slots.values()])
             except OSError as error:
                 if error.errno not in (errno.EFAULT, errno.EINVAL):
-                    raise
+                    reason = os.strerror(error.errno or 0)
+                    raise HostError(error.errno, f"memory table: {reason}") from error
                 raise FrontendError(
                     "memory table: a started ring would not lie in guest memory any more"
                 ) from error

@@ -7,14 +7,15 @@ around every call that says so. Must not know messages or what a device does wit
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from vhostd import _native
 from vhostd.devices.base import Role
-from vhostd.errors import FrontendError
+from vhostd.errors import FrontendError, HostError
 from vhostd.fds import OwnedFd
 from vhostd.protocol.features import VirtioFeature
 from vhostd.session.actions import RingPosition, RingSetup
@@ -53,13 +54,13 @@ class _Eventfds:
 
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Turn the native side's verdict on a VMM's values into a refusal."""
+    """Turn the native side's verdict into a refusal: the VMM's fault, or the host's."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EFAULT):
-            raise
-        raise FrontendError(f"{what}: not a legal ring, or not inside guest memory") from error
+        if error.errno in (errno.EINVAL, errno.EFAULT):
+            raise FrontendError(f"{what}: not a legal ring, or not inside guest memory") from error
+        raise HostError(error.errno, f"{what}: {os.strerror(error.errno or 0)}") from error
 
 
 class Rings:
@@ -69,6 +70,7 @@ class Rings:
         self._device = device
         self._eventfds = [_Eventfds() for _ in range(queue_count)]
         self._handlers: dict[int, _native.Handler] = {}
+        self._setups: dict[int, _native.RingSetup] = {}
         self.started: set[int] = set()
 
     def close(self) -> None:
@@ -84,34 +86,38 @@ class Rings:
                 stays the caller's then.
         """
         check_eventfd(kick, "kick")
+        self._handlers[setup.index] = _native.Handler.NONE
         with _refusing(f"ring {setup.index}"):
-            self._device.start_ring(setup.index, self._native_setup(setup, kick, setup.position))
+            self._start_native(setup.index, self._native_setup(setup, kick, setup.position))
         self._eventfds[setup.index].kick = kick
         self.started.add(setup.index)
-        self._handlers[setup.index] = _native.Handler.NONE
 
     def restart(self, setup: RingSetup, kick: OwnedFd | None) -> None:
         """Stop a ring and start it where it stood, with other settings. Parked.
 
         Raises:
-            FrontendError: as start(); the ring goes on as it was then.
+            FrontendError, HostError: as start(); the ring goes on as it was then.
         """
-        eventfds = self._eventfds[setup.index]
-        old = eventfds.kick
+        index = setup.index
+        eventfds = self._eventfds[index]
+        old_setup, old_kick = self._setups[index], eventfds.kick
         if kick is not None:
             check_eventfd(kick, "kick")
-        new = kick or old
-        assert new is not None, "a started ring has a kick"
-        position = self._device.stop_ring(setup.index)
-        where = RingPosition(
-            position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
-        )
-        self._device.start_ring(setup.index, self._native_setup(setup, new, where))
-        self._device.set_handler(setup.index, self._handlers[setup.index])
-        self._device.enable_ring(setup.index, setup.enabled)
-        eventfds.kick = new
-        if kick is not None and old is not None:
-            old.close()
+        new_kick = kick or old_kick
+        assert new_kick is not None, "a started ring has a kick"
+        position = self._device.stop_ring(index)
+        new_setup = self._native_setup(setup, new_kick, _session_position(position))
+        try:
+            with _refusing(f"ring {index}"):
+                self._start_native(index, new_setup)
+        except (FrontendError, HostError):
+            self._start_native(index, replace(old_setup, position=position))
+            self._device.enable_ring(index, setup.enabled)
+            raise
+        self._device.enable_ring(index, setup.enabled)
+        eventfds.kick = new_kick
+        if kick is not None and old_kick is not None:
+            old_kick.close()
 
     def stop(self, index: int) -> RingPosition:
         """Stop a ring, close its kick and call, say where it stood. Parked."""
@@ -122,10 +128,8 @@ class Rings:
                 file.close()
         eventfds.kick = eventfds.call = None
         self.started.discard(index)
-        self._handlers.pop(index, None)
-        return RingPosition(
-            position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
-        )
+        self._setups.pop(index, None)
+        return _session_position(position)
 
     def enable(self, index: int, enabled: bool) -> None:
         """Serve a started ring, or stop serving it. Parked."""
@@ -167,6 +171,10 @@ class Rings:
                 self._handlers[index] = handler
                 self._device.set_handler(index, handler)
 
+    def _start_native(self, index: int, setup: _native.RingSetup) -> None:
+        self._device.start_ring(index, replace(setup, handler=self._handlers[index]))
+        self._setups[index] = setup
+
     def _native_setup(
         self, setup: RingSetup, kick: OwnedFd, position: RingPosition
     ) -> _native.RingSetup:
@@ -192,6 +200,12 @@ class Rings:
             call_fd=_number(eventfds.call),
             err_fd=_number(eventfds.err),
         )
+
+
+def _session_position(position: _native.RingPosition) -> RingPosition:
+    return RingPosition(
+        position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
+    )
 
 
 def _number(file: OwnedFd | None) -> int:

@@ -85,7 +85,12 @@ class Vm:
                 if self._connection is not None:
                     self._turn_away(connection)
                     continue
-                self._connection = self._new_connection(worker, connection)
+                try:
+                    self._connection = self._new_connection(worker, connection)
+                except OSError as error:
+                    connection.close()
+                    self._journal.guest_caused("open", LogEvent.HOST_ERROR, error=str(error))
+                    continue
                 nursery.start_soon(self._run_connection, self._connection)
 
     def _turn_away(self, connection: Connection) -> None:

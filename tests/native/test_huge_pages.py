@@ -1,0 +1,111 @@
+"""A guest on 2 MiB pages: nothing goes until the guest gave up all of one.
+
+Needs four huge pages; as root they are set aside for the time of these tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vhostd._native import BalloonFlag, Handler
+
+from tests.fakes.driver import Buffer
+from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory, Region, open_hugetlb
+from tests.native.rig import Guest, Host, pages_at
+
+HUGE = 2 * MIB
+PARTS = HUGE // PAGE_SIZE
+SIZE = 4 * HUGE
+RESERVE = Path("/proc/sys/vm/nr_hugepages")
+DATA = 2 * HUGE
+
+
+@pytest.fixture
+def guest(host: Host) -> Iterator[Guest]:
+    """A guest of four huge pages, all touched; rings lie in the first."""
+    before = int(RESERVE.read_text())
+    wanted = SIZE // HUGE
+    try:
+        RESERVE.write_text(str(before + wanted))
+    except OSError as error:
+        if before < wanted:
+            pytest.skip(f"no huge pages set aside, and {RESERVE} says {error.strerror}")
+    try:
+        try:
+            fd = open_hugetlb(SIZE)
+        except OSError as error:
+            pytest.skip(f"no {wanted} huge pages: {error.strerror}")
+        memory = GuestMemory(fd, [Region(0, SIZE, 0)])
+        with Guest.on(host, memory) as made:
+            memory.touch(DATA, 2 * HUGE)
+            yield made
+    finally:
+        if int(RESERVE.read_text()) != before:
+            RESERVE.write_text(str(before))
+
+
+def inflate_in_parts(guest: Guest, first: int, count: int) -> None:
+    """Give up pages, 256 to a request."""
+    ring = guest.rings[0] if guest.rings else guest.ring(Handler.INFLATE)
+    pages = pages_at(first, count)
+    for at in range(0, count, 256):
+        ring.send_pfns(pages[at : at + 256])
+
+
+def test_the_mapping_knows_its_page_size(guest: Guest) -> None:
+    assert (guest.mapping.page_size, guest.mapping.discardable) == (HUGE, True)
+
+
+def test_a_page_given_up_in_part_stays(guest: Guest) -> None:
+    guest.device.balloon_configure(BalloonFlag.MUST_TELL_HOST)
+    inflate_in_parts(guest, DATA, PARTS - 1)
+    assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
+    counters = guest.device.balloon_counters()
+    assert (counters.discards, counters.inflated_pages) == (0, PARTS - 1)
+    assert counters.pages_kept == PARTS - 1
+
+
+def test_a_page_completed_over_several_requests_goes_with_must_tell_host(guest: Guest) -> None:
+    guest.device.balloon_configure(BalloonFlag.MUST_TELL_HOST)
+    before = guest.memory.blocks()
+    inflate_in_parts(guest, DATA, PARTS)
+    assert guest.memory.blocks() == before - HUGE
+    assert guest.memory.read(DATA + HUGE, HUGE) == b"\xa5" * HUGE
+    assert guest.device.balloon_counters().discarded_size == HUGE
+
+
+def test_without_must_tell_host_it_stays(guest: Guest) -> None:
+    inflate_in_parts(guest, DATA, PARTS)
+    assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
+    assert guest.device.balloon_counters().discards == 0
+
+
+def test_a_page_deflated_in_part_between_stays(guest: Guest) -> None:
+    guest.device.balloon_configure(BalloonFlag.MUST_TELL_HOST)
+    inflate_in_parts(guest, DATA, PARTS // 2)
+    guest.ring(Handler.DEFLATE).send_pfns(pages_at(DATA, 1))
+    inflate_in_parts(guest, DATA + HUGE // 2, PARTS // 2)
+    assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
+
+
+@pytest.mark.parametrize("flags", [BalloonFlag(0), BalloonFlag.MUST_TELL_HOST])
+def test_a_page_listed_whole_in_one_request_goes(guest: Guest, flags: BalloonFlag) -> None:
+    guest.device.balloon_configure(flags)
+    ring = guest.ring(Handler.INFLATE)
+    before = guest.memory.blocks()
+    ring.send_pfns(pages_at(DATA + HUGE - 5 * PAGE_SIZE, PARTS + 5))
+    assert guest.memory.blocks() == before - HUGE
+    assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
+    assert guest.device.balloon_counters().pages_kept == 5
+
+
+def test_reports_shrink_inward_to_huge_pages(guest: Guest) -> None:
+    ring = guest.ring(Handler.REPORT)
+    before = guest.memory.blocks()
+    ring.send(Buffer(DATA + PAGE_SIZE, HUGE, writable=True))
+    assert guest.memory.blocks() == before
+    ring.send(Buffer(DATA + HUGE - PAGE_SIZE, HUGE + PAGE_SIZE, writable=True))
+    assert guest.memory.blocks() == before - HUGE
+    assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE

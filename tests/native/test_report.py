@@ -1,0 +1,111 @@
+"""Ranges reported free: whole pages inside them leave the file. Source: virtio 1.x, 5.5.6.7."""
+
+from __future__ import annotations
+
+import pytest
+from vhostd._native import BalloonFlag, Fault, Handler
+
+from tests.fakes.driver import Buffer
+from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory
+from tests.native.rig import DATA_ADDR, LAYOUTS, Guest, Host, Layout, pages_at, present
+
+
+def free(guest_addr: int, size: int) -> Buffer:
+    """A range reported free."""
+    return Buffer(guest_addr, size, writable=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_reported_ranges_leave_the_file(host: Host, layout: Layout) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.REPORT, layout, size=32)
+        guest.memory.touch(DATA_ADDR, 4 * MIB)
+        blocks = [free(DATA_ADDR, MIB), free(DATA_ADDR + 2 * MIB, MIB)]
+        assert ring.send(*blocks).written == 0
+        pages = MIB // PAGE_SIZE
+        present_now = [guest.memory.pages_present(DATA_ADDR + i * MIB, pages) for i in range(4)]
+        assert present_now == [0, pages, 0, pages]
+        counters = guest.device.balloon_counters()
+        assert (counters.reported_size, counters.discarded_size) == (2 * MIB, 2 * MIB)
+        assert counters.inflated_pages == 0
+
+
+def test_neighbouring_ranges_go_in_one_call(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.REPORT)
+        for offsets in (range(4), range(3, -1, -1)):
+            guest.memory.touch(DATA_ADDR, 4 * MIB)
+            before = guest.device.balloon_counters().discards
+            ring.send(*(free(DATA_ADDR + i * MIB, MIB) for i in offsets))
+            assert guest.memory.pages_present(DATA_ADDR, 4 * MIB // PAGE_SIZE) == 0
+            assert guest.device.balloon_counters().discards == before + 1
+
+
+def test_a_range_across_a_region_border_goes_whole(host: Host) -> None:
+    with Guest.on(host, GuestMemory.adjacent()) as guest:
+        ring = guest.ring(Handler.REPORT)
+        seam = guest.memory.regions[1].guest_addr
+        guest.memory.touch(seam - 4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        guest.memory.touch(seam, 4 * PAGE_SIZE)
+        ring.send(free(seam - 2 * PAGE_SIZE, 4 * PAGE_SIZE))
+        states = present(guest.memory, pages_at(seam - 4 * PAGE_SIZE, 8))
+        assert states == [True, True, False, False, False, False, True, True]
+        assert guest.device.balloon_counters().discarded_size == 4 * PAGE_SIZE
+
+
+def test_a_range_into_a_hole_goes_up_to_it_and_is_counted(host: Host) -> None:
+    with Guest.on(host, GuestMemory.with_hole()) as guest:
+        ring = guest.ring(Handler.REPORT)
+        end = guest.memory.regions[0].end
+        guest.memory.touch(end - 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+        ring.send(free(end - PAGE_SIZE, 2 * PAGE_SIZE))
+        assert present(guest.memory, pages_at(end - 2 * PAGE_SIZE, 2)) == [True, False]
+        assert guest.device.balloon_counters().reports_refused == 1
+        assert guest.device.ring_statistics(0).fault == Fault.NONE
+
+
+@pytest.mark.parametrize("guest_addr", [1 << 40, (1 << 64) - PAGE_SIZE])
+def test_a_range_outside_guest_memory_is_counted_and_given_back(
+    host: Host, guest_addr: int
+) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.REPORT)
+        ring.send(free(guest_addr, 2 * PAGE_SIZE))
+        counters = guest.device.balloon_counters()
+        assert (counters.reports_refused, counters.discards) == (1, 0)
+        assert guest.device.ring_statistics(0).fault == Fault.NONE
+
+
+def test_only_whole_pages_inside_a_range_go(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.REPORT)
+        guest.memory.touch(DATA_ADDR, 4 * PAGE_SIZE)
+        ring.send(free(DATA_ADDR + 100, 3 * PAGE_SIZE))
+        assert present(guest.memory, pages_at(DATA_ADDR, 4)) == [True, False, False, True]
+        assert guest.memory.read(DATA_ADDR, PAGE_SIZE) == b"\xa5" * PAGE_SIZE
+        ring.send(free(DATA_ADDR + 10, PAGE_SIZE))
+        assert guest.device.balloon_counters().discards == 1
+
+
+def test_a_readable_range_is_refused(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.REPORT)
+        guest.memory.touch(DATA_ADDR, 2 * PAGE_SIZE)
+        ring.send(Buffer(DATA_ADDR, PAGE_SIZE), free(DATA_ADDR + PAGE_SIZE, PAGE_SIZE))
+        assert present(guest.memory, pages_at(DATA_ADDR, 2)) == [True, False]
+        assert guest.device.balloon_counters().reports_refused == 1
+
+
+@pytest.mark.parametrize("flag", [BalloonFlag.KEEP_REPORTED, BalloonFlag.INHIBIT])
+def test_pages_that_must_keep_their_bytes_keep_them(host: Host, flag: BalloonFlag) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        guest.device.balloon_configure(flag)
+        ring = guest.ring(Handler.REPORT)
+        guest.memory.touch(DATA_ADDR, PAGE_SIZE)
+        ring.send(free(DATA_ADDR, PAGE_SIZE))
+        assert guest.memory.page_present(DATA_ADDR)
+        counters = guest.device.balloon_counters()
+        assert (counters.reported_size, counters.discards) == (PAGE_SIZE, 0)
+        guest.device.balloon_configure(BalloonFlag(0))
+        ring.send(free(DATA_ADDR, PAGE_SIZE))
+        assert not guest.memory.page_present(DATA_ADDR)
