@@ -2,6 +2,7 @@
 # make test    everything from nothing, then all tests
 # make lint    ruff, mypy --strict, clang-format
 # make bench   ratios against QEMU's built-in way and the host's limits, same run
+# make sanitize  native tests and the fuzzers' corpus under ASan and UBSan
 # make fuzz    coverage-guided fuzzing of the C core (needs clang), FUZZ_SECONDS each
 #
 # Nothing here needs root, and nothing outside .venv/, build/ and the cache folder is touched
@@ -14,7 +15,7 @@ BUILD_INPUTS := pyproject.toml Makefile $(wildcard c_src/*.[ch]) vhostd/_native/
 PYTEST_FLAGS ?=
 FUZZ_SECONDS ?= 60
 
-.PHONY: all demo test unit lint bench fuzz stack clean
+.PHONY: all demo test unit lint bench fuzz sanitize stack clean
 
 all: $(VENV)/stamp
 
@@ -54,6 +55,10 @@ bench: $(VENV)/stamp
 
 fuzz: $(VENV)/stamp
 	$(MAKE) -f tests/fuzz/fuzz.mk fuzz-run FUZZ_SECONDS=$(FUZZ_SECONDS)
+
+sanitize: $(VENV)/stamp
+	$(RUN) -m tests.native.sanitize
+	$(MAKE) -f tests/fuzz/fuzz.mk fuzz-replay
 
 clean:
 	rm -rf $(VENV) build *.egg-info vhostd/_native/_core*.so vhostd/_native/_core.c

@@ -47,20 +47,41 @@ async def watch_monitor(guest: Guest) -> None:
             await trio.sleep(0.1)
 
 
-async def set_targets(served: Served) -> None:
-    """Set one target after another, as fast as the daemon takes them."""
-    transport = httpx.AsyncHTTPTransport(uds=str(served.daemon.control_path))
-    async with httpx.AsyncClient(transport=transport, base_url="http://vhostd") as client:
-        for size in itertools.cycle(HAMMERED):
-            answer = await client.put(f"/v1/vms/{VM}/balloon", json={"target": size})
-            answer.raise_for_status()
+class Hammer:
+    """Sets one target after another, as fast as the daemon takes them."""
+
+    def __init__(self, served: Served) -> None:
+        self.count = 0
+        self._served = served
+        self._enough = False
+        self._ended = trio.Event()
+
+    async def run(self) -> None:
+        """Go on until stop(): a request is not cut off, which httpx would complain of."""
+        transport = httpx.AsyncHTTPTransport(uds=str(self._served.daemon.control_path))
+        async with httpx.AsyncClient(transport=transport, base_url="http://vhostd") as client:
+            for size in itertools.cycle(HAMMERED):
+                if self._enough:
+                    break
+                answer = await client.put(f"/v1/vms/{VM}/balloon", json={"target": size})
+                answer.raise_for_status()
+                self.count += 1
+        self._ended.set()
+
+    async def stop(self) -> None:
+        """Wait for the end of the last request."""
+        self._enough = True
+        await self._ended.wait()
 
 
 @asynccontextmanager
 async def hammered(served: Served) -> AsyncIterator[None]:
     """The block runs while targets are set all the time and QEMU's monitor is watched."""
-    async with running(partial(watch_monitor, served.guest)), running(partial(set_targets, served)):
+    hammer = Hammer(served)
+    async with running(partial(watch_monitor, served.guest)), running(hammer.run):
         yield
+        await hammer.stop()
+    assert hammer.count > 0
 
 
 async def reach_final(served: Served) -> None:

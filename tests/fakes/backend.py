@@ -7,9 +7,11 @@ goes back to it, and when. Must not import vhostd, and must not know what VMM is
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import socket
 import struct
+import termios
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -101,7 +103,7 @@ class BackEnd:
 
     Attributes:
         seen: every message so far; a test may clear it.
-        unanswered: requests that get no reply, however much one is owed.
+        unanswered: requests that get no reply, however much one is owed, until answer_late().
         before_answer: called with each message before its answer goes out, so that what it does
             is done while the front end still waits.
         lost: why the connection is over, None while it is up or not yet made.
@@ -114,6 +116,8 @@ class BackEnd:
     lost: str | None = None
     _changed: trio.Event = field(default_factory=trio.Event)
     _bases: dict[int, int] = field(default_factory=dict)
+    _owed: list[Seen] = field(default_factory=list)
+    _connection: socket.socket | None = None
     _channel: socket.socket | None = None
 
     def requests(self) -> list[int]:
@@ -150,9 +154,20 @@ class BackEnd:
         Raises:
             AssertionError: the front end has given no channel yet.
         """
-        assert self._channel is not None, "the front end has sent no SET_BACKEND_REQ_FD"
-        data = header(request, flags, len(payload)) + payload
-        socket.send_fds(self._channel, [data], list(fds))
+        self.send_bytes(header(request, flags, len(payload)) + payload, fds)
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Put bytes on the back-end channel, a part of a message for example."""
+        socket.send_fds(self._the_channel(), [data], list(fds))
+
+    def unread(self) -> bool:
+        """Whether the front end has yet to read something of what was put on the channel."""
+        queued = fcntl.ioctl(self._the_channel(), termios.TIOCOUTQ, bytes(4))
+        return queued != bytes(4)
+
+    def end_channel(self) -> None:
+        """Let the front end find the end of file on the back-end channel."""
+        self._the_channel().shutdown(socket.SHUT_WR)
 
     async def next_answer(self, timeout_s: float = 10) -> Message:
         """The front end's next answer on the back-end channel.
@@ -161,12 +176,24 @@ class BackEnd:
             TooSlowError: none came in time.
             ConnectionLost: the front end closed the channel.
         """
-        assert self._channel is not None, "the front end has sent no SET_BACKEND_REQ_FD"
         with trio.fail_after(timeout_s):
-            return await _receive(self._channel)
+            return await _receive(self._the_channel())
+
+    def answer_late(self) -> None:
+        """Send every answer that was held back, and hold back no more."""
+        self.unanswered.clear()
+        owed, self._owed = self._owed, []
+        for seen in owed:
+            self._answer(seen)
+
+    def hang_up(self) -> None:
+        """End the connection as a back end that dies does."""
+        assert self._connection is not None, "the front end has not connected"
+        self._connection.shutdown(socket.SHUT_RDWR)
 
     async def serve(self, connection: socket.socket) -> None:
-        """Record and answer until the front end hangs up."""
+        """Record and answer until either side hangs up."""
+        self._connection = connection
         try:
             while True:
                 message = await _receive(connection)
@@ -176,7 +203,7 @@ class BackEnd:
                 self._wake()
                 if self.before_answer is not None:
                     self.before_answer(seen)
-                self._answer(connection, seen)
+                self._answer(seen)
         except (ConnectionLost, BrokenPipeError) as error:
             self.lost = str(error)
             self._wake()
@@ -186,6 +213,10 @@ class BackEnd:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+    def _the_channel(self) -> socket.socket:
+        assert self._channel is not None, "the front end has sent no SET_BACKEND_REQ_FD"
+        return self._channel
 
     def _wake(self) -> None:
         self._changed.set()
@@ -205,8 +236,10 @@ class BackEnd:
         for fd in fds:
             os.close(fd)
 
-    def _answer(self, connection: socket.socket, seen: Seen) -> None:
+    def _answer(self, seen: Seen) -> None:
+        assert self._connection is not None
         if seen.request in self.unanswered:
+            self._owed.append(seen)
             return
         reply = self._reply_to(seen)
         if reply is None and seen.need_reply:
@@ -214,7 +247,7 @@ class BackEnd:
         if reply is not None:
             answer = header(seen.request, Flags.VERSION | Flags.REPLY, len(reply)) + reply
             # Smaller than any socket buffer, to a front end that waits for nothing else.
-            connection.send(answer)
+            self._connection.send(answer)
 
     def _reply_to(self, seen: Seen) -> bytes | None:
         """The payload of a reply that is owed without being asked for; None if none is."""
@@ -293,10 +326,16 @@ async def listening(path: Path, offer: Offer | None = None) -> AsyncIterator[Bac
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen(1)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept_and_serve, listener)
-            try:
-                yield back
-            finally:
-                nursery.cancel_scope.cancel()
-                back.close()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(accept_and_serve, listener)
+                try:
+                    yield back
+                finally:
+                    nursery.cancel_scope.cancel()
+                    back.close()
+        except BaseExceptionGroup as group:
+            # What a test raises comes out as it was raised.
+            if len(group.exceptions) > 1:
+                raise
+            raise group.exceptions[0] from None

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from vhostd._native import Event, Handler, Worker
 
 from tests.fakes.eventfd import drain, wait_readable
 from tests.fakes.memory import GuestMemory
-from tests.native.rig import LAYOUTS, PATIENCE_S, Guest, Host, Layout, wait_until
+from tests.native.rig import LAYOUTS, PATIENCE_S, Guest, Host, Layout, Ring, wait_until
 
 QUIET_S = 0.05
 RESIDENT_GROWTH_MAX_PAGES = 256  # below what one ring sets aside twice over
@@ -79,12 +80,17 @@ def test_an_idle_worker_sleeps(host: Host) -> None:
         assert host.worker.rounds <= rounds + 1  # the one that ended its parking
 
 
+def has_kicks(ring: Ring, kicks: int) -> bool:
+    """Whether the worker has seen so many."""
+    return ring.statistics().kicks == kicks
+
+
 def test_kicks_are_counted_and_looks_without_one_are_not(host: Host) -> None:
     with Guest.on(host, GuestMemory.flat()) as guest:
         ring = guest.ring(Handler.INFLATE)
         for kicks in range(1, 6):
             ring.driver.kick()
-            wait_until(lambda seen=kicks: ring.statistics().kicks == seen)  # type: ignore[misc]
+            wait_until(partial(has_kicks, ring, kicks))
         for _ in range(5):
             with host.parked():  # looked at again, nobody kicked
                 guest.device.set_handler(0, Handler.INFLATE)

@@ -25,8 +25,8 @@ enum {
     END = 0x110000,    /* the second one ends, a hole follows */
     TOP = 0x200000,    /* a third one, behind the hole */
     DESC = 0x10000,
-    AVAIL = 0xb0000,
-    USED = 0xd0000,
+    AVAIL = 0x90000,
+    USED = 0xb0000,
     TABLE = 0x1000, /* indirect tables */
     DATA = 0x8000,
     FILE_SIZE = 0x130000
@@ -40,6 +40,7 @@ struct driver {
     bool packed;
     uint16_t index; /* packed: where the next descriptor goes; split: avail.idx */
     bool wrap;
+    uint16_t id, slots; /* of the chain popped last; a pop without one clears the walk */
 };
 
 static inline uint8_t *host(struct driver *driver, uint64_t addr)
@@ -181,12 +182,18 @@ static inline void offer(struct driver *driver, uint16_t id, const struct part *
 
 static inline int pop(struct driver *driver)
 {
-    return vhd_ring_pop(&driver->ring, &driver->walk, true);
+    int rc = vhd_ring_pop(&driver->ring, &driver->walk, true);
+
+    if (rc == 1) {
+        driver->id = driver->walk.id;
+        driver->slots = driver->walk.slots;
+    }
+    return rc;
 }
 
 static inline void push(struct driver *driver, uint32_t written)
 {
-    vhd_ring_push(&driver->ring, driver->walk.id, driver->walk.slots, written);
+    vhd_ring_push(&driver->ring, driver->id, driver->slots, written);
 }
 
 #endif

@@ -180,7 +180,8 @@ static void a_chain_comes_out_as_it_went_in(uint32_t layout)
         CHECK(driver.ring.position.next_used == 7);
     } else {
         CHECK(get(&driver, USED + 2, 2) == 4);
-        CHECK(get(&driver, USED + 4 + 8 * 3, 4) == 5 && get(&driver, USED + 8 + 8 * 3, 4) == 0x1234);
+        CHECK(get(&driver, USED + 4 + 8 * 3, 4) == 5 &&
+              get(&driver, USED + 8 + 8 * 3, 4) == 0x1234);
     }
 }
 
