@@ -1,6 +1,6 @@
-# fuzz-run      coverage-guided, FUZZ_SECONDS for each target (needs clang); new inputs that reach
-#               new code are added to tests/fuzz/corpus
-# fuzz-merge    the corpus reduced to what is needed for its coverage
+# fuzz-run      coverage-guided, FUZZ_SECONDS for each target (needs clang); inputs that reach new
+#               code are kept in build/fuzz/corpus
+# fuzz-merge    tests/fuzz/corpus and these, reduced to what their coverage needs (clang 14 or newer)
 # fuzz-replay   the corpus once, under gcc's sanitizers
 #
 # Run from the root: make -f tests/fuzz/fuzz.mk fuzz-run
@@ -32,15 +32,15 @@ $(FUZZ_BUILD)/replay_%: tests/fuzz/fuzz_%.c tests/fuzz/replay.c $(INPUTS)
 	gcc $(FLAGS) $(SANITIZE) -o $@ $< tests/fuzz/replay.c $(CORE)
 
 $(TARGETS:%=fuzz-run-%): fuzz-run-%: $(FUZZ_BUILD)/fuzz_%
-	@mkdir -p $(FUZZ_BUILD)/found-$*
+	@mkdir -p $(FUZZ_BUILD)/found-$* $(FUZZ_BUILD)/corpus/$*
 	$< -max_total_time=$(FUZZ_SECONDS) -max_len=2048 -print_final_stats=1 \
-	    -artifact_prefix=$(FUZZ_BUILD)/found-$*/ tests/fuzz/corpus/$*
+	    -artifact_prefix=$(FUZZ_BUILD)/found-$*/ $(FUZZ_BUILD)/corpus/$* tests/fuzz/corpus/$*
 
 # Into a new folder that then takes the old one's place: merging never removes.
 $(TARGETS:%=fuzz-merge-%): fuzz-merge-%: $(FUZZ_BUILD)/fuzz_%
 	rm -rf $(FUZZ_BUILD)/merged-$*
-	mkdir -p $(FUZZ_BUILD)/merged-$*
-	$< -merge=1 -max_len=2048 $(FUZZ_BUILD)/merged-$* tests/fuzz/corpus/$*
+	mkdir -p $(FUZZ_BUILD)/merged-$* $(FUZZ_BUILD)/corpus/$*
+	$< -set_cover_merge=1 -max_len=2048 $(FUZZ_BUILD)/merged-$* tests/fuzz/corpus/$* $(FUZZ_BUILD)/corpus/$*
 	rm -rf tests/fuzz/corpus/$*
 	mv $(FUZZ_BUILD)/merged-$* tests/fuzz/corpus/$*
 

@@ -1,4 +1,4 @@
-"""The ring code and the balloon under gcc's sanitizers: C tests, and the fuzzers' corpora once more.
+"""Rings and balloon under gcc's sanitizers: C tests, and the fuzzers' corpora once more.
 
 Must not know the Python bindings: everything here is compiled from c_src alone.
 """
@@ -19,10 +19,10 @@ CORE = [
         *("dirty_log", "sigbus", "balloon", "mapping", "discard"),
     )
 ]
-FLAGS = (
-    "-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -UNDEBUG -pthread"
-    " -fsanitize=address,undefined -fno-sanitize-recover=all"
-).split()
+FLAGS = [
+    *("-std=gnu11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-UNDEBUG"),
+    *("-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+]
 FUZZ = ROOT / "tests" / "fuzz"
 
 

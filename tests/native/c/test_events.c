@@ -44,7 +44,7 @@ static void split_event_index(void)
 static void packed_event_index(uint32_t size)
 {
     for (uint16_t before = 1; before <= size; before++)
-        for (uint32_t count = 1; count < size; count++)
+        for (uint32_t count = 1; count <= size; count++)
             for (uint32_t offset = 0; offset < size; offset++) {
                 uint32_t at = before % size + offset;
                 bool wrapped = before == size;
