@@ -173,6 +173,10 @@ def run(config: Config) -> None:
     try:
         for vm in config.vms.values():
             assert vm.balloon is not None, "a VM without a device is a mistake of the file"
+            if vm.qmp is not None:
+                get_logger(vm=vm.name).warning(
+                    LogEvent.OPTION_UNUSED, option="qmp", why="no device served needs it yet"
+                )
             sources.append((vm, Listener.bind(vm.balloon.socket)))
         run_to_end(sources, config.runtime_dir, config.metrics)
     finally:

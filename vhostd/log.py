@@ -29,6 +29,7 @@ class LogEvent(StrEnum):
     CONTROL_LISTENING = "control_listening"
     CONTROL_CONNECTION_FAILED = "control_connection_failed"
     CONTROL_CHANGE = "control_change"
+    OPTION_UNUSED = "option_unused"
     VM_LISTENING = "vm_listening"
     VM_CONNECTED = "vm_connected"
     VM_DISCONNECTED = "vm_disconnected"

@@ -73,6 +73,11 @@ class BalloonVm:
             "connections": 1,
             "faults": {3: "loop"} if self.state == "quarantined" else {},
             "messages_refused": 0,
+            "chains_refused": 0,
+            "connections_refused": 0,
+            "config_changes": 0,
+            "config_reads": 0,
+            "config_writes": 0,
         }
 
     async def set_balloon_target(self, size: int) -> None:

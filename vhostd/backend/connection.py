@@ -34,6 +34,14 @@ from vhostd.transport.stream import Disconnected
 NO_COUNTERS: Final = _native.BalloonCounters().as_dict()
 """What the counters are while no VMM is connected."""
 
+NO_COUNTS: Final = {
+    "messages_refused": 0,
+    "chains_refused": 0,
+    "config_changes": 0,
+    "config_reads": 0,
+    "config_writes": 0,
+}
+
 CHAINS_PER_TURN_MAX: Final = 64
 """Chains of one queue that Python serves before other queues, VMs and timers get their turn."""
 
@@ -107,6 +115,17 @@ class DeviceConnection:
     def balloon_counters(self) -> dict[str, int]:
         """Counters of the native data plane, named as in struct vhd_balloon_counters."""
         return self._native.balloon_counters().as_dict()
+
+    def counts(self) -> dict[str, int]:
+        """What else was counted on this connection, by the names of NO_COUNTS."""
+        reads, writes = self._native.config_counters()
+        return {
+            "messages_refused": self.messages_refused,
+            "chains_refused": self.effects.chains_refused,
+            "config_changes": self.notifier.sent,
+            "config_reads": reads,
+            "config_writes": writes,
+        }
 
     def queues(self) -> dict[str, dict[str, int]]:
         """Counters of every started queue, by its role, or its index while that is not known."""

@@ -17,13 +17,12 @@ class ConfigNotifier:
     """Coalesces wishes into CONFIG_CHANGE messages.
 
     Attributes:
-        sent: messages that went out.
-        refused: of these, how many the VMM answered with an error.
+        sent: messages that went out. A VMM that answers with an error has them all the same: there
+            is nothing to do about it, and the next wish asks again.
     """
 
     def __init__(self) -> None:
         self.sent = 0
-        self.refused = 0
         self._wanted = False
         self._open = False
         self._channel: BackendChannel | None = None
@@ -59,11 +58,9 @@ class ConfigNotifier:
                 self._wanted = False
                 channel = self._channel
                 try:
-                    verdict = await channel.request(BackendRequest.CONFIG_CHANGE_MSG)
+                    await channel.request(BackendRequest.CONFIG_CHANGE_MSG)
                 except ChannelClosed:
                     if self._channel is channel:
                         self.use(None)
                     continue
                 self.sent += 1
-                if verdict:
-                    self.refused += 1

@@ -101,8 +101,7 @@ class Rings:
         index = setup.index
         eventfds = self._eventfds[index]
         old_setup, old_kick = self._setups[index], eventfds.kick
-        if kick is not None:
-            check_eventfd(kick, "kick")
+        self._check(kick, "kick")
         new_kick = kick or old_kick
         assert new_kick is not None, "a started ring has a kick"
         position = self._device.stop_ring(index)
@@ -141,13 +140,9 @@ class Rings:
         Raises:
             FrontendError: it is no eventfd.
         """
-        if file is not None:
-            check_eventfd(file, "call")
-        eventfds = self._eventfds[index]
+        self._check(file, "call")
         self._device.set_call(index, _number(file))
-        old, eventfds.call = eventfds.call, file
-        if old is not None:
-            old.close()
+        self._eventfds[index].call = _replaced(self._eventfds[index].call, file)
 
     def set_err(self, index: int, file: OwnedFd | None) -> None:
         """Use another err eventfd. Parked.
@@ -155,13 +150,14 @@ class Rings:
         Raises:
             FrontendError: it is no eventfd.
         """
-        if file is not None:
-            check_eventfd(file, "err")
-        eventfds = self._eventfds[index]
+        self._check(file, "err")
         self._device.set_err(index, _number(file))
-        old, eventfds.err = eventfds.err, file
-        if old is not None:
-            old.close()
+        self._eventfds[index].err = _replaced(self._eventfds[index].err, file)
+
+    @staticmethod
+    def _check(file: OwnedFd | None, what: str) -> None:
+        if file is not None:
+            check_eventfd(file, what)
 
     def assign(self, roles: Mapping[int, Role]) -> None:
         """Give every started ring whose role is known its handler. Parked."""
@@ -206,6 +202,12 @@ def _session_position(position: _native.RingPosition) -> RingPosition:
     return RingPosition(
         position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
     )
+
+
+def _replaced(old: OwnedFd | None, new: OwnedFd | None) -> OwnedFd | None:
+    if old is not None:
+        old.close()
+    return new
 
 
 def _number(file: OwnedFd | None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from vhostd.backend.connection import NO_COUNTERS, DeviceConnection
+from vhostd.backend.connection import NO_COUNTERS, NO_COUNTS, DeviceConnection
 from vhostd.backend.journal import Journal
 from vhostd.backend.worker import VmWorker
 from vhostd.config import BalloonConfig, VmConfig
@@ -152,8 +152,9 @@ class Vm:
             "mem": [],
             "pmem": [],
             "connections": self.connections,
+            "connections_refused": self.connections_refused,
             "faults": {} if connection is None else connection.faults,
-            "messages_refused": 0 if connection is None else connection.messages_refused,
+            **(NO_COUNTS if connection is None else connection.counts()),
         }
 
     def perform(self, effects: Effects) -> None:

@@ -83,7 +83,11 @@ class BalloonStatus(msgspec.Struct):
 
 
 class VmStatus(msgspec.Struct):
-    """One VM. `queues` above is by role; `faults` says by index which rings are quarantined."""
+    """One VM. `queues` above is by role; `faults` says by index which rings are quarantined.
+
+    Refused are what a VMM or guest sent and was not done; config_changes are messages to the VMM,
+    reads and writes those of the guest that the worker answered.
+    """
 
     vm: str
     state: State
@@ -93,6 +97,11 @@ class VmStatus(msgspec.Struct):
     connections: int
     faults: dict[str, str]
     messages_refused: int
+    chains_refused: int = 0
+    connections_refused: int = 0
+    config_changes: int = 0
+    config_reads: int = 0
+    config_writes: int = 0
 
 
 class DeviceDescription(msgspec.Struct):

@@ -114,6 +114,16 @@ VM: Final = (
     Metric("vm_connections_total", "counter", "VMM connections ever accepted.", ("connections",)),
     Metric("vm_messages_refused_total", "counter", "Requests of the VMM that were refused.",
            ("messages_refused",)),
+    Metric("vm_connections_refused_total", "counter", "VMMs turned away: one was being served.",
+           ("connections_refused",)),
+    Metric("vm_chains_refused_total", "counter", "Statistics and hints refused for their content.",
+           ("chains_refused",)),
+    Metric("vm_config_changes_total", "counter", "Config-change messages sent to the VMM.",
+           ("config_changes",)),
+    Metric("vm_config_reads_total", "counter", "Config reads of the guest, answered natively.",
+           ("config_reads",)),
+    Metric("vm_config_writes_total", "counter", "Config writes of the guest, answered natively.",
+           ("config_writes",)),
 )  # fmt: skip
 
 PER_VM: Final = (*VM, *BALLOON, *GUEST)
