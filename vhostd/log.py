@@ -39,6 +39,7 @@ class LogEvent(StrEnum):
     QMP_CONNECTED = "qmp_connected"
     QMP_DISCONNECTED = "qmp_disconnected"
     FRONTEND_ERROR = "frontend_error"
+    CHANNEL_LOST = "config_change_channel_lost"
     QUEUE_QUARANTINED = "queue_quarantined"
     CHAIN_REJECTED = "chain_rejected"
     DISCARD_FAILED = "discard_failed"

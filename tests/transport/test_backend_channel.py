@@ -14,7 +14,12 @@ from vhostd.errors import FrontendError
 from vhostd.fds import OwnedFd
 from vhostd.protocol.requests import BackendRequest
 from vhostd.protocol.wire import ShmemMapping
-from vhostd.transport.backend_channel import UNANSWERED_MAX, BackendChannel, ChannelClosed
+from vhostd.transport.backend_channel import (
+    UNANSWERED_MAX,
+    BackendChannel,
+    ChannelClosed,
+    NotBegun,
+)
 
 from tests.fakes import messages
 from tests.fakes.messages import u64
@@ -25,7 +30,51 @@ CONFIG_CHANGE = BackendRequest.CONFIG_CHANGE_MSG
 SHMEM_MAP = BackendRequest.SHMEM_MAP
 REPLY = 0x5
 
-Pair = tuple[BackendChannel, socket.socket]
+REQUEST = messages.header(CONFIG_CHANGE, 0x9, 0)
+
+
+class Vmm:
+    """The VMM's end of the channel, which reads all that comes."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.send = end.send
+        self.end = end
+        self.fds: list[int] = []
+        self._received = b""
+        self._more = trio.Event()
+        end.setblocking(False)
+
+    async def read(self) -> None:
+        """Read until the other side hangs up."""
+        while True:
+            await trio.lowlevel.wait_readable(self.end)
+            try:
+                data, fds, _flags, _address = socket.recv_fds(self.end, 100, 4)
+            except ConnectionResetError:
+                return  # it hung up before it had read all we sent
+            if not data:
+                return
+            self._received += data
+            self._more.set()
+            self.fds += fds
+
+    async def take(self, size: int) -> bytes:
+        """Wait for as many bytes, and return them."""
+        with trio.fail_after(5):
+            while len(self._received) < size:
+                self._more = trio.Event()
+                await self._more.wait()
+        taken, self._received = self._received[:size], self._received[size:]
+        return taken
+
+    @property
+    def untaken(self) -> bytes:
+        """What came and was not taken."""
+        return self._received
+
+
+Pair = tuple[BackendChannel, Vmm]
+SilentPair = tuple[BackendChannel, socket.socket]
 
 
 def channel_over(ours: socket.socket, reply_ack: bool) -> BackendChannel:
@@ -36,7 +85,20 @@ def channel_over(ours: socket.socket, reply_ack: bool) -> BackendChannel:
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    """A channel with acknowledgements and the VMM's end of it."""
+    """A channel with acknowledgements, and a VMM that reads."""
+    ours, theirs = socket.socketpair()
+    channel = channel_over(ours, reply_ack=True)
+    vmm = Vmm(theirs)
+    with theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vmm.read)
+            yield channel, vmm
+            channel.close()
+
+
+@pytest.fixture
+async def unread() -> AsyncIterator[SilentPair]:
+    """A channel with acknowledgements, and a socket that nobody reads by itself."""
     ours, theirs = socket.socketpair()
     channel = channel_over(ours, reply_ack=True)
     theirs.settimeout(5)
@@ -52,12 +114,15 @@ def answer(request: int, verdict: int = 0, flags: int = REPLY) -> bytes:
 async def test_without_reply_ack_nothing_is_asked_for_or_waited_for() -> None:
     ours, theirs = socket.socketpair()
     channel = channel_over(ours, reply_ack=False)
+    vmm = Vmm(theirs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(vmm.read)
 
-    assert await channel.request(CONFIG_CHANGE) is None
+        assert await channel.request(CONFIG_CHANGE) is None
 
-    assert theirs.recv(100) == messages.header(CONFIG_CHANGE, 0x1, 0)
+        assert await vmm.take(12) == messages.header(CONFIG_CHANGE, 0x1, 0)
+        channel.close()
     theirs.close()
-    channel.close()
 
 
 @pytest.mark.parametrize("verdict", [0, 1, (1 << 64) - 1])
@@ -67,7 +132,8 @@ async def test_the_verdict_comes_back(pair: Pair, verdict: int) -> None:
 
     assert await channel.request(CONFIG_CHANGE) == verdict
 
-    assert vmm.recv(100) == messages.header(CONFIG_CHANGE, 0x9, 0)
+    assert await vmm.take(12) == REQUEST
+    assert not vmm.untaken
     assert not channel.closed
 
 
@@ -79,10 +145,10 @@ async def test_a_mapping_goes_out_with_its_file(pair: Pair) -> None:
 
         assert await channel.request(SHMEM_MAP, mapping.pack(), [image]) == 0
 
-        data, fds, _flags, _address = socket.recv_fds(vmm, 100, 4)
-        assert data == messages.header(SHMEM_MAP, 0x9, 40) + mapping.pack()
-        assert link(fds[0]) == link(image.fileno())
-        os.close(fds[0])
+        assert await vmm.take(52) == messages.header(SHMEM_MAP, 0x9, 40) + mapping.pack()
+        (fd,) = vmm.fds
+        assert link(fd) == link(image.fileno())
+        os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +181,7 @@ async def test_a_wrong_answer_closes_this_channel(pair: Pair, nonsense: bytes) -
 async def test_a_vmm_that_hangs_up_closes_this_channel(pair: Pair, sent: bytes) -> None:
     channel, vmm = pair
     vmm.send(sent)
-    vmm.shutdown(socket.SHUT_WR)
+    vmm.end.shutdown(socket.SHUT_WR)
 
     with pytest.raises(ChannelClosed):
         await channel.request(CONFIG_CHANGE)
@@ -131,7 +197,7 @@ async def test_an_answer_in_single_bytes_is_an_answer(pair: Pair) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
         for byte in answer(CONFIG_CHANGE, 7):
-            await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked(0.001)
             vmm.send(bytes([byte]))
     assert verdicts == [7]
 
@@ -142,9 +208,11 @@ async def test_a_late_answer_is_not_taken_for_the_next_requests(pair: Pair, earl
     channel, vmm = pair
     late = answer(CONFIG_CHANGE, 1)
     vmm.send(late[:early])
-    with trio.move_on_after(0.01) as scope:
-        await channel.request(CONFIG_CHANGE)
-    assert scope.cancelled_caught
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.request, CONFIG_CHANGE)
+        await vmm.take(12)
+        await trio.testing.wait_all_tasks_blocked(0.001)
+        nursery.cancel_scope.cancel()
 
     vmm.send(late[early:] + answer(CONFIG_CHANGE, 2))
 
@@ -153,10 +221,12 @@ async def test_a_late_answer_is_not_taken_for_the_next_requests(pair: Pair, earl
 
 async def test_a_vmm_that_never_answers_is_given_up(pair: Pair) -> None:
     """H104: without end, neither its socket buffer nor our list may fill."""
-    channel, _vmm = pair
+    channel, vmm = pair
     for _ in range(UNANSWERED_MAX):
-        with trio.move_on_after(0.001):
-            await channel.request(CONFIG_CHANGE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.request, CONFIG_CHANGE)
+            assert await vmm.take(12) == REQUEST
+            nursery.cancel_scope.cancel()
     assert not channel.closed
 
     with pytest.raises(ChannelClosed, match="unanswered"):
@@ -174,8 +244,9 @@ async def test_requests_take_turns(pair: Pair) -> None:
         for _ in range(3):
             nursery.start_soon(ask)
         for verdict in range(3):
-            await trio.testing.wait_all_tasks_blocked()
-            assert vmm.recv(100) == messages.header(CONFIG_CHANGE, 0x9, 0)
+            assert await vmm.take(12) == REQUEST
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not vmm.untaken
             vmm.send(answer(CONFIG_CHANGE, verdict))
     assert verdicts == [0, 1, 2]
 
@@ -183,7 +254,7 @@ async def test_requests_take_turns(pair: Pair) -> None:
 async def test_descriptors_in_an_answer_are_closed(pair: Pair) -> None:
     channel, vmm = pair
     file = Watched()
-    socket.send_fds(vmm, [answer(CONFIG_CHANGE)], [file.fd.fileno()])
+    socket.send_fds(vmm.end, [answer(CONFIG_CHANGE)], [file.fd.fileno()])
     file.fd.close()
 
     await channel.request(CONFIG_CHANGE)
@@ -193,7 +264,7 @@ async def test_descriptors_in_an_answer_are_closed(pair: Pair) -> None:
 
 async def test_closing_wakes_who_asks(pair: Pair) -> None:
     """H29: a new channel replaces the old one under a request."""
-    channel, _vmm = pair
+    channel, vmm = pair
     async with trio.open_nursery() as nursery:
 
         async def ask() -> None:
@@ -201,8 +272,75 @@ async def test_closing_wakes_who_asks(pair: Pair) -> None:
                 await channel.request(CONFIG_CHANGE)
 
         nursery.start_soon(ask)
-        await trio.testing.wait_all_tasks_blocked()
+        await vmm.take(12)
         channel.close()
+
+
+# -- the last byte waits until the rest was read ---------------------------------------------------
+
+
+async def test_a_request_is_not_whole_before_the_vmm_reads(unread: SilentPair) -> None:
+    """Whole in its queue, QEMU would read it after a stop, and crash."""
+    channel, vmm = unread
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.request, CONFIG_CHANGE)
+        await trio.sleep(0.05)
+        assert vmm.recv(100) == REQUEST[:-1]
+        await trio.to_thread.run_sync(lambda: vmm.recv_into(bytearray(1), 1, socket.MSG_PEEK))
+        assert vmm.recv(100) == REQUEST[-1:]
+        vmm.send(answer(CONFIG_CHANGE))
+
+
+async def test_a_stop_before_the_vmm_reads_costs_the_channel(unread: SilentPair) -> None:
+    channel, vmm = unread
+    async with trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(ChannelClosed):
+                await channel.request(CONFIG_CHANGE)
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.01)
+        channel.on_stopping()
+
+    assert channel.closed
+    assert vmm.recv(100) == REQUEST[:-1]
+    assert vmm.recv(100) == b""
+
+
+async def test_a_stop_after_the_vmm_has_begun_to_read_completes_the_request(
+    unread: SilentPair,
+) -> None:
+    """It waits in its handler for the last byte: a stop message must have come from before."""
+    channel, vmm = unread
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.request, CONFIG_CHANGE)
+        await trio.testing.wait_all_tasks_blocked()
+        assert vmm.recv(100) == REQUEST[:-1]
+        channel.on_stopping()
+        assert vmm.recv(100) == REQUEST[-1:]
+        vmm.send(answer(CONFIG_CHANGE))
+    assert not channel.closed
+
+
+async def test_a_request_given_up_before_it_was_read_costs_the_channel(unread: SilentPair) -> None:
+    """Nobody would send its last byte any more."""
+    channel, _vmm = unread
+    with trio.move_on_after(0.01):
+        await channel.request(CONFIG_CHANGE)
+
+    assert channel.closed
+
+
+async def test_a_request_that_may_not_begin_any_more_sends_nothing(unread: SilentPair) -> None:
+    channel, vmm = unread
+    with pytest.raises(NotBegun):
+        await channel.request(CONFIG_CHANGE, may_begin=lambda: False)
+
+    assert not channel.closed
+    vmm.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        vmm.recv(1)
 
 
 # -- what is taken for a channel -------------------------------------------------------------------

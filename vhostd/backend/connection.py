@@ -76,7 +76,7 @@ class DeviceConnection:
             Offer(device.offered_features, device.queue_count, device.config_size)
         )
         self._rings = Rings(self._native, device.queue_count)
-        self.notifier = ConfigNotifier()
+        self.notifier = ConfigNotifier(journal)
         self.effects = EffectPerformer(self._native, device, self.notifier, journal)
         self._performer = ActionPerformer(
             worker,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import trio
 
+from vhostd.backend.journal import Journal
+from vhostd.log import LogEvent
 from vhostd.protocol.requests import BackendRequest
-from vhostd.transport.backend_channel import BackendChannel, ChannelClosed
+from vhostd.transport.backend_channel import BackendChannel, ChannelClosed, NotBegun
 
 
 class ConfigNotifier:
@@ -21,8 +23,9 @@ class ConfigNotifier:
             is nothing to do about it, and the next wish asks again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal) -> None:
         self.sent = 0
+        self._journal = journal
         self._wanted = False
         self._open = False
         self._channel: BackendChannel | None = None
@@ -41,6 +44,8 @@ class ConfigNotifier:
     def close(self) -> None:
         """The VMM begins to stop the device: from this moment nothing may be sent."""
         self._open = False
+        if self._channel is not None:
+            self._channel.on_stopping()
 
     def use(self, channel: BackendChannel | None) -> None:
         """Send through this channel from now on; the old one is closed."""
@@ -55,12 +60,30 @@ class ConfigNotifier:
             await self._changed.wait()
             self._changed = trio.Event()
             while self._wanted and self._open and self._channel is not None:
-                self._wanted = False
                 channel = self._channel
                 try:
-                    await channel.request(BackendRequest.CONFIG_CHANGE_MSG)
-                except ChannelClosed:
-                    if self._channel is channel:
-                        self.use(None)
+                    await channel.request(
+                        BackendRequest.CONFIG_CHANGE_MSG, may_begin=self._take_wish
+                    )
+                except NotBegun:
+                    break
+                except ChannelClosed as error:
+                    self._lose(channel, error)
                     continue
                 self.sent += 1
+
+    def _take_wish(self) -> bool:
+        if not self._open:
+            return False
+        self._wanted = False
+        return True
+
+    def _lose(self, channel: BackendChannel, error: ChannelClosed) -> None:
+        self._wanted = True  # it did not get through; a VMM with a new channel will be told
+        if self._channel is channel:
+            self._journal.log.warning(
+                LogEvent.CHANNEL_LOST,
+                reason=str(error),
+                consequence="the guest learns a new target only when its driver starts again",
+            )
+            self.use(None)

@@ -2,13 +2,20 @@
 
 Knows how a request and its acknowledgement look. Must not know when a request is allowed: QEMU 11.1
 crashes on one while its device is not started, so the session's gate decides that.
+
+The gate alone is not enough: a request may lie unread in the socket when QEMU begins to stop, and
+then it is read afterwards, and nothing takes it back. So the last byte of each request is held back
+until the rest was read. With the rest read, QEMU stands in its handler with its lock held and can't
+begin to stop; until then the request can still be given up, with the channel, at the cost of later
+requests but not of the VM.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
@@ -24,6 +31,14 @@ UNANSWERED_MAX: Final = 16
 
 _ANSWER_SIZE: Final = HEADER.size + U64.LAYOUT.size
 _ANSWER_FLAGS: Final = HeaderFlag.VERSION | HeaderFlag.REPLY
+
+
+LOOK_AGAIN_MIN_S: Final = 0.0001
+LOOK_AGAIN_MAX_S: Final = 0.01
+
+
+class NotBegun(Exception):
+    """The request was not allowed any more when its turn came; nothing was sent."""
 
 
 class ChannelClosed(Exception):
@@ -43,6 +58,7 @@ class BackendChannel:
         self._turn = trio.Lock()
         self._received = b""
         self._given_up: deque[BackendRequest] = deque()
+        self._held_back = b""  # the last byte of a request whose rest is under way
 
     @classmethod
     def adopt(cls, fd: OwnedFd, *, reply_ack: bool, connection_fd: int) -> BackendChannel:
@@ -80,8 +96,29 @@ class BackendChannel:
         """Hang up; a request under way raises ChannelClosed. Twice is fine."""
         self._stream.close()
 
+    def on_stopping(self) -> None:
+        """The VMM begins to stop the device: a request it has not begun to read must not be read.
+
+        Closes the channel if there is such a request; nothing else takes it back.
+        """
+        if not self._held_back or self.closed:
+            return
+        if self._stream.unread:
+            self.close()
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        held_back, self._held_back = self._held_back, b""
+        if not self._stream.send_now(held_back):
+            raise HostError(errno.ENOBUFS, "no room for one byte in an empty socket")
+
     async def request(
-        self, request: BackendRequest, payload: bytes = b"", fds: Sequence[OwnedFd] = ()
+        self,
+        request: BackendRequest,
+        payload: bytes = b"",
+        fds: Sequence[OwnedFd] = (),
+        may_begin: Callable[[], bool] = lambda: True,
     ) -> int | None:
         """Send one request and wait for its acknowledgement if REPLY_ACK was acknowledged.
 
@@ -93,31 +130,62 @@ class BackendChannel:
             request: which.
             payload: of the shape BACKEND_RULES has for it.
             fds: stay the caller's.
+            may_begin: asked at the last moment, with no other task in between.
 
         Returns:
             The VMM's verdict, 0 = done; None where none was asked for.
 
         Raises:
-            ChannelClosed: the VMM hung up or answered nonsense; the channel is closed.
+            ChannelClosed: the VMM hung up or answered nonsense, or began to stop before it read
+                the request; the channel is closed.
+            NotBegun: may_begin said no; nothing was sent.
         """
         rule = BACKEND_RULES[request]
         assert len(payload) in rule.shape.SIZES, "payload of another request"
         assert rule.fds_min <= len(fds) <= rule.fds_max, "descriptors of another request"
         async with self._turn:
             try:
-                return await self._request(request, payload, fds)
+                return await self._request(request, payload, fds, may_begin)
             except (Disconnected, FrontendError, HostError, trio.ClosedResourceError) as error:
                 self.close()
                 raise ChannelClosed(f"back-end requests: {error}") from error
 
+    async def _send_in_two(
+        self, data: bytes, fds: Sequence[OwnedFd], may_begin: Callable[[], bool]
+    ) -> None:
+        while True:
+            if not may_begin():
+                raise NotBegun
+            if self._stream.send_now(data[:-1], fds):
+                break
+            await self._stream.wait_writable()
+        self._held_back = data[-1:]
+        pause_s = LOOK_AGAIN_MIN_S
+        while self._held_back and self._stream.unread:
+            # Nothing announces that a peer has read: look again, less and less often.
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LOOK_AGAIN_MAX_S)
+        if self._held_back:
+            self._finish()
+
     async def _request(
-        self, request: BackendRequest, payload: bytes, fds: Sequence[OwnedFd]
+        self,
+        request: BackendRequest,
+        payload: bytes,
+        fds: Sequence[OwnedFd],
+        may_begin: Callable[[], bool],
     ) -> int | None:
         if len(self._given_up) >= UNANSWERED_MAX:
             raise FrontendError(f"{len(self._given_up)} requests are unanswered")
         asks = self._reply_ack or BACKEND_RULES[request].reply is not None
         flags = HeaderFlag.VERSION | (HeaderFlag.NEED_REPLY if asks else HeaderFlag(0))
-        await self._stream.send(HEADER.pack(request, flags, len(payload)) + payload, fds)
+        data = HEADER.pack(request, flags, len(payload)) + payload
+        try:
+            await self._send_in_two(data, fds, may_begin)
+        except trio.Cancelled:
+            if self._held_back:
+                self.close()
+            raise
         if not asks:
             return None
         self._given_up.append(request)

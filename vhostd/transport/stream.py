@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import select
 import socket
+import termios
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import Final
 
 import trio
@@ -17,6 +20,7 @@ from vhostd.fds import OwnedFd
 FDS_PER_READ_MAX: Final = 253
 """SCM_MAX_FD, include/net/scm.h: with room for these no descriptor is ever cut off by our size."""
 
+_INT: Final = Struct("=i")
 _FD_SIZE: Final = array.array("i").itemsize
 _ANCILLARY_SIZE: Final = socket.CMSG_SPACE(FDS_PER_READ_MAX * _FD_SIZE)
 
@@ -122,6 +126,44 @@ class UnixStream:
         except OSError as error:
             raise HostError(error.errno, f"cannot receive: {error.strerror}") from error
         return Read(data, _received_fds(ancillary), bool(flags & socket.MSG_CTRUNC))
+
+    @property
+    def unread(self) -> bool:
+        """The peer has not read all that was sent. The kernel announces no change of this.
+
+        Raises:
+            Disconnected: close() was called.
+        """
+        if self.closed:
+            raise Disconnected("closed on this side")
+        # SIOCOUTQ of unix(7) sockets: what waits in the peer's queue; the tty's name for it.
+        answer = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(_INT.size))
+        return bool(_INT.unpack(answer)[0])
+
+    def send_now(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> bool:
+        """Send all of a few bytes at once, without a moment in between; False: no room for them.
+
+        Raises:
+            Disconnected: the peer is gone, or close() was called.
+            HostError: the descriptors cannot be passed, or there is no memory.
+        """
+        if self.closed:
+            raise Disconnected("closed on this side")
+        try:
+            sent = self._socket.sendmsg([data], _sent_fds(fds), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except ConnectionError as error:
+            raise Disconnected(f"connection lost: {error.strerror}") from error
+        except OSError as error:
+            raise HostError(error.errno, f"cannot send: {error.strerror}") from error
+        # A UNIX stream socket cuts a message only where it exceeds a buffer of many KiB.
+        assert sent == len(data), "a short message was cut"
+        return True
+
+    async def wait_writable(self) -> None:
+        """Wait until send_now() may have room."""
+        await trio.lowlevel.wait_writable(self._socket)
 
     async def wait_readable(self) -> None:
         """Wait until try_read() has something to say, the end of the stream included."""
