@@ -16,6 +16,13 @@ struct page {
     uint64_t guest_addr;
 };
 
+/* 4 KiB pages [first, end) of a file. */
+struct page_run {
+    vhd_mapping *mapping;
+    uint64_t first;
+    uint64_t end;
+};
+
 static void count(uint64_t *counter, uint64_t by)
 {
     /* Read by Python at any time; only the worker writes. */
@@ -85,62 +92,73 @@ static bool locate(const struct vhd_table *table, uint32_t pfn, const struct vhd
     return true;
 }
 
-static int compare_pages(const void *a, const void *b)
+/* A list becomes runs before it is sorted: guests mostly send neighbours one after the other, up or
+ * down, so that there are few. Returns how many there are now. */
+static uint32_t add_page(struct page_run *runs, uint32_t length, const struct page *page)
 {
-    const struct page *left = a;
-    const struct page *right = b;
+    if (length != 0 && runs[length - 1].mapping == page->mapping) {
+        struct page_run *last = &runs[length - 1];
 
-    if (left->mapping != right->mapping)
-        return (uintptr_t)left->mapping < (uintptr_t)right->mapping ? -1 : 1;
-    return (left->index > right->index) - (left->index < right->index);
+        if (page->index == last->end) {
+            last->end++;
+            return length;
+        }
+        if (page->index + 1 == last->first) {
+            last->first--;
+            return length;
+        }
+        if (page->index >= last->first && page->index < last->end)
+            return length;
+    }
+    runs[length] = (struct page_run){page->mapping, page->index, page->index + 1};
+    return length + 1;
 }
 
-/* Ascending order. Real guests mostly send descending or ascending numbers, so look first. Heap
- * sort for the rest: no allocation, and no input makes it quadratic. */
-static void sift_down(struct page *pages, uint32_t root, uint32_t length)
+static int compare_runs(const struct page_run *left, const struct page_run *right)
+{
+    if (left->mapping != right->mapping)
+        return (uintptr_t)left->mapping < (uintptr_t)right->mapping ? -1 : 1;
+    return (left->first > right->first) - (left->first < right->first);
+}
+
+static void swap_runs(struct page_run *a, struct page_run *b)
+{
+    struct page_run kept = *a;
+
+    *a = *b;
+    *b = kept;
+}
+
+static void sift_down(struct page_run *runs, uint32_t root, uint32_t length)
 {
     for (;;) {
         uint32_t child = 2 * root + 1;
 
         if (child >= length)
             return;
-        if (child + 1 < length && compare_pages(&pages[child], &pages[child + 1]) < 0)
+        if (child + 1 < length && compare_runs(&runs[child], &runs[child + 1]) < 0)
             child++;
-        if (compare_pages(&pages[root], &pages[child]) >= 0)
+        if (compare_runs(&runs[root], &runs[child]) >= 0)
             return;
-        struct page swap = pages[root];
-        pages[root] = pages[child];
-        pages[child] = swap;
+        swap_runs(&runs[root], &runs[child]);
         root = child;
     }
 }
 
-static void sort_pages(struct page *pages, uint32_t length)
+/* Ascending order. Heap sort: no allocation, and no input makes it quadratic. */
+static void sort_runs(struct page_run *runs, uint32_t length)
 {
-    bool ascending = true;
-    bool descending = true;
+    uint32_t sorted = 1;
 
-    for (uint32_t i = 1; i < length; i++) {
-        int order = compare_pages(&pages[i - 1], &pages[i]);
-
-        ascending &= order <= 0;
-        descending &= order >= 0;
-    }
-    if (ascending)
+    while (sorted < length && compare_runs(&runs[sorted - 1], &runs[sorted]) <= 0)
+        sorted++;
+    if (sorted >= length)
         return;
-    if (!descending)
-        for (uint32_t root = length / 2; root-- > 0;)
-            sift_down(pages, root, length);
-    for (uint32_t end = length; !descending && end-- > 1;) {
-        struct page swap = pages[0];
-        pages[0] = pages[end];
-        pages[end] = swap;
-        sift_down(pages, 0, end);
-    }
-    for (uint32_t i = 0; descending && i < length / 2; i++) {
-        struct page swap = pages[i];
-        pages[i] = pages[length - 1 - i];
-        pages[length - 1 - i] = swap;
+    for (uint32_t root = length / 2; root-- > 0;)
+        sift_down(runs, root, length);
+    for (uint32_t end = length; end-- > 1;) {
+        swap_runs(&runs[0], &runs[end]);
+        sift_down(runs, 0, end);
     }
 }
 
@@ -179,19 +197,20 @@ static void discard_run(struct vhd_balloon *balloon, vhd_mapping *mapping, uint6
     }
 }
 
-static void discard_pages(struct vhd_balloon *balloon, const struct page *pages, uint32_t length,
-                          uint32_t flags)
+static void discard_runs(struct vhd_balloon *balloon, const struct page_run *runs, uint32_t length,
+                         uint32_t flags)
 {
     for (uint32_t at = 0; at < length;) {
-        vhd_mapping *mapping = pages[at].mapping;
-        uint64_t first = pages[at].index;
-        uint64_t end = first + 1;
+        struct page_run run = runs[at];
 
-        /* Equal ones are repetitions within one list. */
-        for (at++; at < length && pages[at].mapping == mapping && pages[at].index <= end; at++)
-            end = pages[at].index + 1;
-        if (mapping->discardable)
-            discard_run(balloon, mapping, first, end - first, flags & VHD_BALLOON_MUST_TELL_HOST);
+        /* One that touches or, with a page listed twice, overlaps this one. */
+        for (at++; at < length && runs[at].mapping == run.mapping && runs[at].first <= run.end;
+             at++)
+            if (runs[at].end > run.end)
+                run.end = runs[at].end;
+        if (run.mapping->discardable)
+            discard_run(balloon, run.mapping, run.first, run.end - run.first,
+                        flags & VHD_BALLOON_MUST_TELL_HOST);
     }
 }
 
@@ -201,7 +220,7 @@ int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *tab
     struct vhd_balloon_counters *counters = balloon->counters;
     uint32_t flags = atomic_load_explicit(&balloon->flags, memory_order_relaxed);
     const struct vhd_region *last = NULL;
-    struct page pages[VHD_PFNS_PER_CHAIN_MAX];
+    struct page_run runs[VHD_PFNS_PER_CHAIN_MAX];
     uint32_t pfns[VHD_PFNS_PER_CHAIN_MAX];
     uint32_t length = 0;
     int listed;
@@ -213,24 +232,24 @@ int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *tab
         return listed;
     count(&counters->inflate_pfns, (uint64_t)listed);
     for (int i = 0; i < listed; i++) {
-        struct page *page = &pages[length];
+        struct page page;
 
-        if (!locate(table, pfns[i], &last, page)) {
+        if (!locate(table, pfns[i], &last, &page)) {
             count(&counters->pfns_outside, 1);
             continue;
         }
-        if (vhd_mapping_give_up(page->mapping, page->index, true))
+        if (vhd_mapping_give_up(page.mapping, page.index, true))
             count(&counters->inflated_pages, 1);
         else
             count(&counters->pfns_repeated, 1);
         if (balloon->log != NULL)
-            (void)vhd_log_mark(balloon->log, page->guest_addr, VHD_GUEST_PAGE_SIZE);
-        length++;
+            (void)vhd_log_mark(balloon->log, page.guest_addr, VHD_GUEST_PAGE_SIZE);
+        length = add_page(runs, length, &page);
     }
     if (flags & VHD_BALLOON_INHIBIT)
         return 0;
-    sort_pages(pages, length);
-    discard_pages(balloon, pages, length, flags);
+    sort_runs(runs, length);
+    discard_runs(balloon, runs, length, flags);
     return 0;
 }
 
