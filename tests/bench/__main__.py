@@ -47,7 +47,7 @@ FULL = Effort(replays=10, wakeups=20, rounds=2000, guests=3, guest_size=GiB)
 QUICK = Effort(replays=3, wakeups=5, rounds=1000, guests=1, guest_size=512 * MiB)
 
 
-def _host() -> dict[str, str | int]:
+def _host() -> dict[str, str | float]:
     """What the figures were measured on."""
     models = [
         line.partition(":")[2].strip()
@@ -60,6 +60,7 @@ def _host() -> dict[str, str | int]:
         "processor": models[0] if models else platform.machine(),
         "processors": os.cpu_count() or 0,
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "load_at_start": round(os.getloadavg()[0], 1),
         "shmem_huge_pages": Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
         .read_text()
         .partition("[")[2]
@@ -127,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status != 0:
         return status
     head = f"{host['host']}, Linux {host['kernel']}, {host['processors']} x {host['processor']}"
-    print(f"{head}, {format_size(int(host['memory']))}; medians and p10 .. p90 over the runs")
+    head += f", {format_size(int(host['memory']))}, load {host['load_at_start']} at the start"
+    print(f"{head}; medians and p10 .. p90 over the runs")
     print(f"\n{findings.table()}\n")
     for remark in findings.remarks:
         print(f"* {remark}")

@@ -13,6 +13,7 @@ from tests.hostile.attack import serves
 RETURN_TIMEOUT_S = 10.0
 SETTLED_LOOKS = 30  # about a third of a second without a change
 GROWTH_MAX_SIZE = 2 << 20  # anonymous memory over all repeats of one input
+NAMED_FIELDS = 6  # of a line in /proc/PID/maps that ends in a path
 ANONYMOUS_SLACK = 24  # heap arenas and pooled thread stacks come and go
 
 
@@ -27,10 +28,15 @@ class Baseline:
     @classmethod
     def of(cls, program: Program) -> Baseline:
         """Look now."""
-        maps = [line.split(maxsplit=5) for line in program.maps()]
-        names = [fields[5] if len(fields) > 5 else "" for fields in maps]
-        guest = sum("memfd:" in name or "(deleted)" in name for name in names)
-        return cls(Counter(map(kind, program.fds().values())), guest, names.count(""))
+        maps = program.maps()
+        guest = sum(map(is_guests, maps))
+        anonymous = sum(len(line.split(maxsplit=5)) < NAMED_FIELDS for line in maps)
+        return cls(Counter(map(kind, program.fds().values())), guest, anonymous)
+
+
+def is_guests(line: str) -> bool:
+    """Return whether a line of /proc/PID/maps is memory that came over the socket."""
+    return "memfd:" in line or "/dev/shm/" in line
 
 
 def kind(target: str) -> str:
@@ -76,8 +82,9 @@ class Oracle:
         if not wait_until(returned, RETURN_TIMEOUT_S):
             now = Baseline.of(program)
             extra = now.fds - self.idle.fds
+            maps = [line for line in program.maps() if is_guests(line)]
             raise AssertionError(
-                f"kept descriptors {dict(extra)}, guest mappings {now.guest_maps} "
+                f"kept descriptors {dict(extra)}, guest mappings {maps} "
                 f"instead of {self.idle.guest_maps}"
             )
         grown = Baseline.of(program).anonymous_maps - self.idle.anonymous_maps
