@@ -345,11 +345,19 @@ static void report_range(struct vhd_balloon *balloon, const struct vhd_table *ta
     }
 }
 
+/* A hole reads as zero, and the driver counts on its pattern. Looked up where the driver wrote it:
+ * a report that follows the write must not overtake it. */
+static bool must_stay_poisoned(const struct vhd_balloon *balloon, uint32_t flags)
+{
+    return flags & VHD_BALLOON_PAGE_POISON &&
+           __atomic_load_n(balloon->poison_val, __ATOMIC_RELAXED) != 0;
+}
+
 int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *table,
                        const struct vhd_walk *walk)
 {
     uint32_t flags = atomic_load_explicit(&balloon->flags, memory_order_relaxed);
-    bool keep = flags & (VHD_BALLOON_KEEP_REPORTED | VHD_BALLOON_INHIBIT);
+    bool keep = flags & VHD_BALLOON_INHIBIT || must_stay_poisoned(balloon, flags);
     uint32_t total = (uint32_t)walk->readable_count + walk->writable_count;
     struct run run = {NULL, 0, 0};
 

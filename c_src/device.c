@@ -69,6 +69,8 @@ vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
     device->shared->config_size = config_size;
     memcpy(device->config_writable, config_writable, config_size);
     device->balloon.counters = &device->shared->balloon;
+    device->balloon.poison_val =
+        (const uint32_t *)(device->shared->config + VHD_BALLOON_POISON_VAL);
     for (uint32_t i = 0; i < queue_count; i++) {
         struct vhd_queue *queue = &device->queues[i];
 

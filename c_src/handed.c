@@ -65,6 +65,7 @@ int vhd_handed_put(struct vhd_device *device, struct vhd_queue *queue, const str
     entry->chain.readable_size =
         walk->readable_size > UINT32_MAX ? UINT32_MAX : (uint32_t)walk->readable_size;
     entry->before = before;
+    entry->chain.position = before.next_avail | (uint32_t)before.avail_wrap << 16;
     entry->id = walk->id;
     entry->slots = walk->slots;
     entry->completed = false;

@@ -9,7 +9,7 @@
  *                    two layouts; chain.c the descriptor walk both share.
  *   guest_mem.c      guest range -> host pointer, checked; mapping.c the mapped files.
  *   balloon.c        inflate, deflate, report: page numbers -> runs -> discards.
- *   discard.c        the one place that punches holes.
+ *   discard.c        the one place that punches holes.   window.c  ranges plugged and unplugged.
  *   dirty_log.c      the migration log.   sigbus.c   survives a truncated memory file.
  *
  * Rules: guest memory is read once into a local with the loads of barrier.h, then checked, then
@@ -187,12 +187,15 @@ int vhd_discard(const struct vhd_mapping *mapping, uint64_t offset, uint64_t siz
 /* -- balloon.c -------------------------------------------------------------------------------- */
 
 struct vhd_balloon {
-    _Atomic uint32_t flags; /* VHD_BALLOON_ bits */
+    _Atomic uint32_t flags;     /* VHD_BALLOON_ bits */
+    const uint32_t *poison_val; /* of the config space, where the driver writes it; le32 */
     struct vhd_balloon_counters *counters;
     struct vhd_log *log; /* discards are writes for a migration; NULL = not logging */
 };
 
 enum { VHD_CHAIN_REJECTED = 1 };
+
+enum { VHD_BALLOON_POISON_VAL = 12 }; /* offset in the config space, virtio 1.x, 5.5.4 */
 
 /* Each handles one chain and returns 0, VHD_CHAIN_REJECTED (its shape is wrong, it is given back
  * unused) or -(enum vhd_fault). Discards are complete on return. */

@@ -76,8 +76,9 @@ enum {
 enum {
     VHD_BALLOON_MUST_TELL_HOST =
         1, /* negotiated: pages may go until their deflate is acknowledged */
-    VHD_BALLOON_KEEP_REPORTED = 2, /* poison value is not 0: reported pages must keep their bytes */
-    VHD_BALLOON_INHIBIT = 4        /* discard nothing at all (pinned memory) */
+    VHD_BALLOON_PAGE_POISON =
+        2, /* negotiated: while poison_val is not 0 reported pages keep their bytes */
+    VHD_BALLOON_INHIBIT = 4 /* discard nothing at all (pinned memory) */
 };
 
 /* Where a ring stands. Packed rings use the wrap counters (0 or 1), split rings ignore them. */
@@ -148,6 +149,21 @@ uint64_t vhd_mapping_page_size(const vhd_mapping *mapping); /* 4096, or the huge
 int vhd_mapping_discardable(const vhd_mapping *mapping);    /* 1 on shmem and hugetlbfs only */
 /* Count of 4 KiB pages the guest gave up to the balloon in this file, by bitmap. [any] */
 uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping);
+
+/* Ranges of the file in whole pages of it, else -EINVAL; for memory that comes and goes by the
+ * block. All may take long and are for a helper thread. [any] */
+/* Give the range back to the host. -EOPNOTSUPP: neither shmem nor hugetlbfs. */
+int vhd_mapping_discard(vhd_mapping *mapping, uint64_t offset, uint64_t size);
+/* Allocate the range's pages, zeroed. On failure (-ENOMEM, -ENOSPC) some of it may be allocated. */
+int vhd_mapping_populate(vhd_mapping *mapping, uint64_t offset, uint64_t size);
+/* The first part of the range that has memory, cut at its end: 1 found, 0 there is none.
+ * -EOPNOTSUPP on hugetlbfs. */
+int vhd_mapping_next_data(const vhd_mapping *mapping, uint64_t offset, uint64_t size,
+                          uint64_t *begin, uint64_t *end);
+/* Bytes of host memory the whole file takes up; -errno. */
+int64_t vhd_mapping_resident_size(const vhd_mapping *mapping);
+/* Take the range's future pages from one host NUMA node (MPOL_BIND), for all who map the file. */
+int vhd_mapping_bind(vhd_mapping *mapping, uint64_t offset, uint64_t size, uint32_t node);
 
 struct vhd_region {
     uint64_t guest_addr;
@@ -239,6 +255,7 @@ void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position 
 
 struct vhd_chain {
     uint32_t token;          /* for vhd_chain_complete */
+    uint32_t position;       /* where it was in the ring: avail index or slot, wrap counter << 16 */
     uint32_t copied_size;    /* readable bytes given to the caller */
     uint32_t readable_size;  /* what the driver sent in all */
     uint32_t writable_count; /* device-writable descriptors */

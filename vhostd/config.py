@@ -15,9 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from vhostd.config_devices import (
+    BalloonConfig,
+    MemConfig,
+    check_overlap,
+    check_pmem,
+    read_balloon,
+    read_mem,
+)
 from vhostd.config_reader import Mistakes, Table
 from vhostd.errors import ConfigError
-from vhostd.units import MiB, TiB
 
 DEFAULT_RUNTIME_DIR: Final = Path("/run/vhostd")
 DEFAULT_STATE_DIR: Final = Path("/var/lib/vhostd")
@@ -27,39 +34,10 @@ CONTROL_READ_ONLY_SOCKET: Final = "control-ro.sock"
 SOCKET_PATH_MAX: Final = 107
 """Bytes: sockaddr_un.sun_path holds 108 with its terminating zero."""
 VM_NAME_MAX: Final = 64
-STATS_INTERVAL_MIN_S: Final = 0.1
-"""Each request wakes the guest; more often than this it would be busy answering."""
-STATS_INTERVAL_MAX_S: Final = 86400.0
-MEM_BLOCK_SIZE_MIN: Final = 1 * MiB
-"""QEMU's own limit; below the huge page size Linux can't use the block either."""
-PMEM_ALIGNMENT: Final = 2 * MiB
-"""Linux maps persistent memory in sections of this size."""
-GUEST_ADDRESS_MAX: Final = 1 << 52
-DEVICE_SIZE_MAX: Final = 16 * TiB
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NOT_SERVED: Final = "not served by this version, which has only the balloon; remove the table"
+_NOT_SERVED: Final = "not served by this version; remove the table"
 
 LogFormat = Literal["json", "console"]
-
-
-@dataclass(frozen=True, slots=True)
-class BalloonConfig:
-    """[vm.NAME.balloon]; the meaning of the switches is in the device's BalloonOptions.
-
-    Attributes:
-        socket: absolute path; by default NAME-balloon.sock in the runtime directory.
-        stats_interval_s: 0 asks only on request.
-    """
-
-    socket: Path
-    free_page_reporting: bool = True
-    free_page_hinting: bool = True
-    deflate_on_oom: bool = True
-    page_poison: bool = True
-    packed: bool = True
-    in_order: bool = True
-    stats_interval_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +47,13 @@ class VmConfig:
     name: str
     qmp: Path | None = None
     balloon: BalloonConfig | None = None
+    mems: tuple[MemConfig, ...] = ()
+
+    @property
+    def sockets(self) -> list[Path]:
+        """Of its devices: the balloon's, then those of the memory devices, in order."""
+        balloon = [] if self.balloon is None else [self.balloon.socket]
+        return balloon + [mem.socket for mem in self.mems]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +198,18 @@ def _check_name(table: Table, name: str) -> None:
         )
 
 
+def _device_identifier(table: Table, taken: set[str]) -> str:
+    identifier = table.text("id", required=True)
+    if identifier is None:
+        return f"unnamed{len(taken)}"
+    if not _NAME.fullmatch(identifier) or len(identifier) > VM_NAME_MAX:
+        table.mistake("id", f"{identifier!r} is no name; write letters, digits and . _ -")
+    elif identifier in taken or identifier == "balloon":
+        table.mistake("id", f"{identifier!r} is used twice in this VM; name another")
+    taken.add(identifier)
+    return identifier
+
+
 def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
     _check_name(table, name)
     qmp = table.absolute_path("qmp")
@@ -220,101 +217,26 @@ def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
         table.mistake("qmp", f"a socket's path may have {SOCKET_PATH_MAX} bytes; shorten it")
     balloon = None
     if "balloon" in table:
-        balloon = _balloon(name, table.table("balloon"), sockets)
+        found = table.table("balloon")
+        balloon = read_balloon(found, sockets.read(found, f"{name}-balloon.sock"))
     identifiers: set[str] = set()
-    devices = "balloon" in table
-    for kind, read in (("mem", _mem), ("pmem", _pmem)):
-        for device in table.array(kind):
-            devices = True
-            _device_identifier(device, identifiers)
-            sockets.read(device, f"{name}-{kind}.sock")
-            read(device)
-            device.end()
-            device.mistake("", _NOT_SERVED)
-    if not devices:
+    mems: list[MemConfig] = []
+    for device in table.array("mem"):
+        identifier = _device_identifier(device, identifiers)
+        mem = read_mem(device, identifier, sockets.read(device, f"{name}-{identifier}.sock"))
+        if mem.on_violation == "stop" and qmp is None:
+            device.mistake("on_violation", f'"stop" needs qmp in [{table.where}], to stop the VM')
+        check_overlap(device, mem, mems)
+        mems.append(mem)
+        device.end()
+    pmems = table.array("pmem")
+    for device in pmems:
+        identifier = _device_identifier(device, identifiers)
+        sockets.read(device, f"{name}-{identifier}.sock")
+        check_pmem(device)
+        device.end()
+        device.mistake("", _NOT_SERVED)
+    if balloon is None and not mems and not pmems and "balloon" not in table:
         table.mistake("", f"has no device; write a table [{table.where}.balloon]")
     table.end()
-    return VmConfig(name, qmp, balloon)
-
-
-def _balloon(name: str, table: Table, sockets: _Sockets) -> BalloonConfig:
-    default = BalloonConfig(Path())
-    socket = sockets.read(table, f"{name}-balloon.sock")
-    config = BalloonConfig(
-        socket=socket,
-        free_page_reporting=table.boolean("free_page_reporting", default.free_page_reporting),
-        free_page_hinting=table.boolean("free_page_hinting", default.free_page_hinting),
-        deflate_on_oom=table.boolean("deflate_on_oom", default.deflate_on_oom),
-        page_poison=table.boolean("page_poison", default.page_poison),
-        packed=table.boolean("packed", default.packed),
-        in_order=table.boolean("in_order", default.in_order),
-        stats_interval_s=table.number("stats_interval_s", default.stats_interval_s),
-    )
-    interval_s = config.stats_interval_s
-    if interval_s and not STATS_INTERVAL_MIN_S <= interval_s <= STATS_INTERVAL_MAX_S:
-        table.mistake(
-            "stats_interval_s",
-            f"{interval_s:g} is out of range; write 0 (only on request) or"
-            f" {STATS_INTERVAL_MIN_S:g} to {STATS_INTERVAL_MAX_S:g} seconds",
-        )
-    table.end()
-    return config
-
-
-def _device_identifier(table: Table, taken: set[str]) -> None:
-    identifier = table.text("id", required=True)
-    if identifier is None:
-        return
-    if not _NAME.fullmatch(identifier) or len(identifier) > VM_NAME_MAX:
-        table.mistake("id", f"{identifier!r} is no name; write letters, digits and . _ -")
-    elif identifier in taken:
-        table.mistake("id", f"{identifier!r} is used twice in this VM; name another")
-    taken.add(identifier)
-
-
-def _window(table: Table, alignment: int, *, required: bool) -> None:
-    address = table.size("window_address", required=required)
-    if address is not None and (address % alignment or not 0 < address < GUEST_ADDRESS_MAX):
-        table.mistake(
-            "window_address",
-            f"{address:#x} must be a multiple of {alignment:#x}, above 0 and below 2^52,"
-            " because the guest maps it in such blocks",
-        )
-
-
-def _multiple(table: Table, key: str, size: int | None, alignment: int, smallest: int) -> None:
-    if size is None:
-        return
-    if size % alignment or not smallest <= size <= DEVICE_SIZE_MAX:
-        table.mistake(
-            key, f"{size} must be a multiple of {alignment}, from {smallest} to {DEVICE_SIZE_MAX}"
-        )
-
-
-def _mem(table: Table) -> None:
-    block_size = table.size("block_size", default=2 * MiB) or 0
-    if block_size < MEM_BLOCK_SIZE_MIN or block_size & (block_size - 1):
-        table.mistake(
-            "block_size", f"{block_size} must be a power of two, {MEM_BLOCK_SIZE_MIN} or more"
-        )
-        block_size = 2 * MiB
-    size = table.size("size", required=True)
-    _multiple(table, "size", size, block_size, block_size)
-    requested_size = table.size("requested_size", default=0)
-    _multiple(table, "requested_size", requested_size, block_size, 0)
-    if size is not None and requested_size is not None and requested_size > size:
-        table.mistake("requested_size", f"{requested_size} is more than size, which is {size}")
-    _window(table, block_size, required=True)
-    node = table.number("node", 0)
-    if node != int(node) or not 0 <= node <= 0xFFFF:
-        table.mistake("node", f"{node:g} is no NUMA node; write 0 to 65535")
-
-
-def _pmem(table: Table) -> None:
-    table.absolute_path("file", required=True)
-    _multiple(table, "size", table.size("size", required=True), PMEM_ALIGNMENT, PMEM_ALIGNMENT)
-    mode = table.choice("mode", ("shmem", "window")) or "shmem"
-    if mode == "shmem" and "window_address" in table:
-        table.mistake("window_address", 'means nothing with mode = "shmem"; remove it')
-    _window(table, PMEM_ALIGNMENT, required=mode == "window")
-    table.boolean("readonly", False)
+    return VmConfig(name, qmp, balloon, tuple(mems))

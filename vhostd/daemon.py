@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import trio
 
@@ -17,14 +17,17 @@ from vhostd.backend.journal import Journal
 from vhostd.backend.vm import Vm
 from vhostd.config import Config, MetricsConfig, VmConfig
 from vhostd.control.events import EventStream
-from vhostd.control.interface import DeviceSocket, HintAction
+from vhostd.control.interface import DeviceSocket, HintAction, MemoryWindow
 from vhostd.control.server import serve_control
-from vhostd.devices.registry import BALLOON
+from vhostd.devices.registry import BALLOON, MEM, DeviceKind
 from vhostd.errors import HostError, VhostdError
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
+
+Source: TypeAlias = Listener | Connection
+"""Where a device's VMM comes from."""
 
 
 class ServedVm:
@@ -40,45 +43,49 @@ class ServedVm:
     @property
     def devices(self) -> Sequence[DeviceSocket]:
         """What a VMM's command line must say about this VM's devices."""
-        assert self._vm.config.balloon is not None, "checked when this object was made"
-        kind = BALLOON
-        return [
-            DeviceSocket(
-                kind=kind.name,
-                id=f"{kind.name}0",
-                path=self._vm.config.balloon.socket,
-                virtio_id=kind.virtio_id,
-                queue_count=kind.queue_count,
-                config_size=kind.config_size,
-                queue_size=kind.queue_size,
-            )
-        ]
+        config = self._vm.config
+        devices = []
+        if config.balloon is not None:
+            devices.append(_device_socket(BALLOON, "balloon0", config.balloon.socket))
+        for mem in config.mems:
+            window = MemoryWindow(mem.window_address, mem.size, mem.node)
+            devices.append(_device_socket(MEM, mem.id, mem.socket, window))
+        return devices
 
     async def set_balloon_target(self, size: int) -> None:
-        """Ask the guest to give up `size` bytes.
-
-        Raises:
-            Refused: it cannot be; the text says why.
-        """
-        self._vm.perform(self._vm.balloon.set_target(size))
+        """Ask the guest to give up `size` bytes. Raises Refused."""
+        self._vm.set_balloon_target(size)
 
     async def request_statistics(self) -> None:
-        """Ask the guest for its statistics; a balloon_statistics event tells when they came.
-
-        Raises:
-            Refused: no driver runs, or it gives none.
-        """
-        self._vm.perform(self._vm.balloon.request_statistics())
+        """Ask the guest for its statistics; an event tells when they came. Raises Refused."""
+        self._vm.request_statistics()
 
     async def balloon_hint(self, action: HintAction) -> None:
-        """Begin or break off a free page hinting round.
+        """Begin or break off a free page hinting round. Raises Refused."""
+        self._vm.balloon_hint(start=action is HintAction.START)
 
-        Raises:
-            Refused: it cannot be now; the text says why.
-        """
-        balloon = self._vm.balloon
-        starting = action is HintAction.START
-        self._vm.perform(balloon.hint_start() if starting else balloon.hint_stop())
+    async def resize_mem(self, device: str | None, size: int) -> str:
+        """Ask the guest to use `size` bytes of a memory device. Raises Refused."""
+        return self._vm.resize_mem(device, size)
+
+    async def set_memory(self, size: int) -> dict[str, Any]:
+        """Ask for `size` bytes of usable memory. Raises Refused."""
+        return self._vm.set_memory(size)
+
+
+def _device_socket(
+    kind: DeviceKind, identifier: str, path: Path, window: MemoryWindow | None = None
+) -> DeviceSocket:
+    return DeviceSocket(
+        kind=kind.name,
+        id=identifier,
+        path=path,
+        virtio_id=kind.virtio_id,
+        queue_count=kind.queue_count,
+        config_size=kind.config_size,
+        queue_size=kind.queue_size,
+        window=window,
+    )
 
 
 class Daemon:
@@ -98,23 +105,24 @@ class Daemon:
         """All VMs by name, in the configuration's order."""
         return {name: ServedVm(vm) for name, vm in self._vms.items()}
 
-    def add(self, config: VmConfig, source: Listener | Connection) -> Vm:
-        """Take a VM in, whose VMM comes through `source`; the caller runs it."""
+    def add(self, config: VmConfig, sources: Sequence[Source]) -> Vm:
+        """Take a VM in, whose VMM comes through one source a device; the caller runs it."""
         journal = Journal(config.name, self._limiter, self.events.publish)
-        vm = Vm(config, source, self._registry, journal)
+        vm = Vm(config, sources, self._registry, journal)
         self._vms[vm.name] = vm
         return vm
 
 
 async def serve(
-    sources: Sequence[tuple[VmConfig, Listener | Connection]],
+    sources: Sequence[tuple[VmConfig, Sequence[Source]]],
     runtime_dir: Path | None,
     metrics: MetricsConfig | None = None,
 ) -> None:
     """Serve VMs until SIGTERM or SIGINT, or until the last of them has ended.
 
     Args:
-        sources: each VM and where its VMM comes from; owned from here on.
+        sources: each VM and where its VMM comes from, as VmConfig.sockets has it; owned from
+            here on.
         runtime_dir: where the control sockets go; None: there are none.
         metrics: an extra TCP address for /metrics.
 
@@ -126,7 +134,7 @@ async def serve(
     log = get_logger()
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            vms = [daemon.add(config, source) for config, source in sources]
+            vms = [daemon.add(config, of_vm) for config, of_vm in sources]
             nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
             if runtime_dir is not None:
                 await nursery.start(serve_control, daemon, runtime_dir, metrics)
@@ -165,27 +173,26 @@ def run(config: Config) -> None:
     Raises:
         ConfigError, HostError: it cannot be served; the text is for the operator.
     """
-    sources: list[tuple[VmConfig, Listener | Connection]] = []
+    sources: list[tuple[VmConfig, list[Source]]] = []
     try:
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise HostError(f"{config.runtime_dir}: cannot be made: {error.strerror}") from error
     try:
         for vm in config.vms.values():
-            assert vm.balloon is not None, "a VM without a device is a mistake of the file"
-            if vm.qmp is not None:
-                get_logger(vm=vm.name).warning(
-                    LogEvent.OPTION_UNUSED, option="qmp", why="no device served needs it yet"
-                )
-            sources.append((vm, Listener.bind(vm.balloon.socket)))
+            listeners: list[Source] = []
+            sources.append((vm, listeners))
+            for socket in vm.sockets:
+                listeners.append(Listener.bind(socket))  # noqa: PERF401  # closed one by one
         run_to_end(sources, config.runtime_dir, config.metrics)
     finally:
-        for _, source in sources:
-            source.close()
+        for _, of_vm in sources:
+            for source in of_vm:
+                source.close()
 
 
 def run_to_end(
-    sources: Sequence[tuple[VmConfig, Listener | Connection]],
+    sources: Sequence[tuple[VmConfig, Sequence[Source]]],
     runtime_dir: Path | None,
     metrics: MetricsConfig | None = None,
 ) -> None:

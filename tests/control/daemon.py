@@ -16,12 +16,24 @@ from struct import pack
 import trio
 from vhostd.config import MetricsConfig
 from vhostd.control.events import EventStream
-from vhostd.control.interface import DeviceSocket, HintAction, JsonObject
+from vhostd.control.interface import DeviceSocket, HintAction, JsonObject, MemoryWindow
 from vhostd.control.server import ControlAddresses, serve_control
 from vhostd.devices.balloon import Balloon
-from vhostd.devices.base import Chain, Complete, Effects, Event, Role
-from vhostd.devices.registry import BALLOON
-from vhostd.units import GiB
+from vhostd.devices.base import (
+    Chain,
+    Complete,
+    DiscardMemory,
+    Effects,
+    Event,
+    GuestRange,
+    Refused,
+    Role,
+)
+from vhostd.devices.mem import Mem
+from vhostd.devices.mem_window import MemOptions
+from vhostd.devices.memory_plan import MemRoom, plan_memory
+from vhostd.devices.registry import BALLOON, MEM
+from vhostd.units import GiB, MiB
 
 COUNTERS = (
     "inflated_pages inflate_pfns deflate_pfns reported_size discarded_size discards discard_errors"
@@ -37,14 +49,19 @@ class BalloonVm:
     def __init__(self, name: str, events: EventStream, *, running: bool = True) -> None:
         self.name = name
         self.balloon = Balloon()
+        self.mem = Mem(MemOptions("mem0", 9 * GiB, 4 * GiB))
         self.answers_statistics = True
         self.state = "running" if running else "waiting"
         self._events = events
         self._statistics_sent = 0
+        self._requests = 0
         self.balloon.on_features(ALL_FEATURES)
         if running:
             self.balloon.set_guest_memory(GiB)
             self.balloon.on_started()
+            self.mem.on_memory([GuestRange(0, GiB), GuestRange(9 * GiB, 4 * GiB)])
+            self.mem.on_discarded(GuestRange(9 * GiB, 4 * GiB), None)
+            self.mem.on_started()
             self.send_statistics()
 
     @property
@@ -58,7 +75,17 @@ class BalloonVm:
                 BALLOON.queue_count,
                 BALLOON.config_size,
                 BALLOON.queue_size,
-            )
+            ),
+            DeviceSocket(
+                MEM.name,
+                "mem0",
+                Path(f"/run/vhostd/{self.name}-mem0.sock"),
+                MEM.virtio_id,
+                MEM.queue_count,
+                MEM.config_size,
+                MEM.queue_size,
+                MemoryWindow(9 * GiB, 4 * GiB, 0),
+            ),
         ]
 
     def status(self) -> JsonObject:
@@ -67,8 +94,8 @@ class BalloonVm:
         return {
             "vm": self.name,
             "state": self.state,
-            "balloon": self.balloon.status(counters) | {"queues": {"inflate": queue}},
-            "mem": [],
+            "balloon": self.balloon.status(counters, 0) | {"queues": {"inflate": queue}},
+            "mem": [self.mem.status({}, 0) | {"state": self.state, "queues": {}}],
             "pmem": [],
             "connections": 1,
             "faults": {3: "loop"} if self.state == "quarantined" else {},
@@ -78,6 +105,7 @@ class BalloonVm:
             "config_changes": 0,
             "config_reads": 0,
             "config_writes": 0,
+            "qmp": False,
         }
 
     async def set_balloon_target(self, size: int) -> None:
@@ -89,6 +117,27 @@ class BalloonVm:
     async def balloon_hint(self, action: HintAction) -> None:
         start = action is HintAction.START
         self._perform(self.balloon.hint_start() if start else self.balloon.hint_stop())
+
+    async def resize_mem(self, device: str | None, size: int) -> str:
+        if device not in (None, "mem0"):
+            raise Refused(f"no memory device {device!r}")
+        self._perform(self.mem.set_requested_size(size))
+        return "mem0"
+
+    async def set_memory(self, size: int) -> JsonObject:
+        plan = plan_memory(GiB, [MemRoom("mem0", 4 * GiB, 2 * MiB)], size, has_balloon=True)
+        await self.resize_mem("mem0", plan.requested["mem0"])
+        await self.set_balloon_target(plan.balloon)
+        return {"size": size, "mem": plan.requested, "balloon": plan.balloon}
+
+    def plug(self, first: int, nb_blocks: int, kind: int = 0) -> None:
+        """The guest plugs blocks of 2 MiB, or with kind 1 unplugs them."""
+        self._requests += 1
+        data = pack("<H6xQH6x", kind, 9 * GiB + first * 2 * MiB, nb_blocks)
+        chain = Chain(
+            0, Role.GUEST_REQUEST, self._requests, data, len(data), 1, 10, 0, self._requests
+        )
+        self._perform(self.mem.on_chain(chain, now_s=1.5))
 
     def reach(self, size: int) -> None:
         """The guest writes `actual`."""
@@ -105,7 +154,9 @@ class BalloonVm:
         for effect in effects:
             if isinstance(effect, Event):
                 self._events.publish(self.name, effect.name, effect.fields)
-            elif isinstance(effect, Complete) and self.answers_statistics:
+            elif isinstance(effect, DiscardMemory):
+                self._perform(self.mem.on_discarded(effect.range, None))
+            elif isinstance(effect, Complete) and effect.queue_index and self.answers_statistics:
                 self.send_statistics()
 
 

@@ -65,8 +65,8 @@ def test_the_socket_may_come_from_the_environment(served: RunningDaemon) -> None
 def test_people_get_sizes_with_units_and_no_colour_codes_in_a_pipe(vhostctl: Vhostctl) -> None:
     vhostctl("balloon", "set", "web", "512M")
     table = vhostctl("status").stdout
-    assert table.splitlines()[0].split()[:3] == ["VM", "STATE", "TARGET"]
-    assert table.splitlines()[1].split()[:4] == ["web", "running", "512", "MiB"]
+    assert table.splitlines()[0].split()[:4] == ["VM", "STATE", "PLUGGED", "TARGET"]
+    assert table.splitlines()[1].split()[:6] == ["web", "running", "0", "B", "512", "MiB"]
     detail = vhostctl("status", "web").stdout
     assert "512 MiB" in detail
     assert "page_reporting" in detail
@@ -176,14 +176,48 @@ def test_waiting_in_vain_is_exit_4(vhostctl: Vhostctl, served: RunningDaemon) ->
 def test_the_options_for_qemu_are_exactly_these(vhostctl: Vhostctl) -> None:
     text = vhostctl("qemu-args", "web", "--memory", "1536M").stdout
     assert shlex.split(text) == [
-        *("-machine", "q35,memory-backend=ram0", "-m", "1536M"),
+        *("-machine", "q35,memory-backend=ram0", "-m", "1536M,maxmem=10752M,slots=1"),
         *("-object", "memory-backend-memfd,id=ram0,size=1536M,share=on"),
+        *("-object", "memory-backend-memfd,id=mem0-window,size=4294967296,share=on"),
+        "-device",
+        "virtio-pmem-pci,id=mem0-window-device,memdev=mem0-window,memaddr=0x240000000,addr=1e.1",
         *("-chardev", "socket,id=web-balloon,path=/run/vhostd/web-balloon.sock"),
         "-device",
         "vhost-user-test-device-pci,chardev=web-balloon,virtio-id=5,num_vqs=5,config_size=16"
         ",vq_size=128",
+        *("-chardev", "socket,id=mem0,path=/run/vhostd/web-mem0.sock"),
+        "-device",
+        "vhost-user-test-device-pci,chardev=mem0,virtio-id=24,num_vqs=1,config_size=56,vq_size=128",
     ]
-    assert json.loads(vhostctl("--json", "qemu-args", "web").stdout)[3] == "1G"
+    assert json.loads(vhostctl("--json", "qemu-args", "web").stdout)[3].startswith("1G,")
+
+
+def test_a_window_below_qemu_s_range_is_told_before_qemu_is_started(vhostctl: Vhostctl) -> None:
+    refused = vhostctl("qemu-args", "web", "--memory", "12G")
+    assert failed_with(refused, 1, "window_address 0x240000000 is below 0x380000000")
+
+
+def test_a_memory_device_is_resized_and_says_where_the_guest_is(
+    vhostctl: Vhostctl, served: RunningDaemon
+) -> None:
+    assert vhostctl("mem", "resize", "web", "64M").stdout == ""
+    waiting = vhostctl("mem", "resize", "web", "64M", "--wait", "--timeout", "0.1")
+    assert (waiting.returncode, waiting.stdout) == (4, "mem0: 0 B of 64 MiB\n")
+    assert "mem0 is at 0 bytes of 67108864: the guest " in waiting.stderr
+    served.do(lambda: served.daemon.web.plug(0, 32))
+    done = vhostctl("mem", "resize", "web", "64M", "--wait")
+    assert (done.returncode, done.stdout) == (0, "mem0: 64 MiB of 64 MiB\n")
+    assert "64 MiB plugged of 64 MiB requested: reached" in vhostctl("status", "web").stdout
+
+
+def test_the_memory_of_a_guest_is_set_as_a_whole(vhostctl: Vhostctl) -> None:
+    said = vhostctl("memory", "set", "web", "1537M").stdout
+    assert [line.split() for line in said.splitlines()] == [
+        ["usable", "1.5", "GiB"],
+        ["mem0", "514", "MiB", "requested"],
+        ["balloon", "1", "MiB", "to", "be", "given", "up"],
+    ]
+    assert failed_with(vhostctl("memory", "set", "web", "6G"), 1, "the guest can have 5 GiB")
 
 
 def test_the_xml_for_libvirt_shares_memory_and_passes_the_same_options(
@@ -194,9 +228,12 @@ def test_the_xml_for_libvirt_shares_memory_and_passes_the_same_options(
     backing = domain.find("memoryBacking")
     assert backing is not None
     assert [child.attrib for child in backing] == [{"type": "memfd"}, {"mode": "shared"}]
+    most = domain.find("maxMemory")
+    assert most is not None
+    assert (most.attrib["slots"], most.text) == ("1", str((1 + 9) * 1024 * 1024))
     name = "{http://libvirt.org/schemas/domain/qemu/1.0}arg"
     values = [element.attrib["value"] for element in domain.iter(name)]
-    assert values == shlex.split(vhostctl("qemu-args", "web").stdout)[-4:]
+    assert values == shlex.split(vhostctl("qemu-args", "web").stdout)[-12:]
 
 
 def test_events_are_lines_and_with_json_objects(vhostctl: Vhostctl) -> None:

@@ -104,8 +104,8 @@ def test_actual_is_what_the_guest_says_even_when_it_lies() -> None:
             {"target": 0, "actual": 0xFFFF_FFFF * 4096, "reached": False},
         )
     ]
-    assert balloon.status(COUNTERS)["actual"] == 0xFFFF_FFFF * 4096
-    assert balloon.status(COUNTERS)["inflated"] == 3 * 4096
+    assert balloon.status(COUNTERS, 0)["actual"] == 0xFFFF_FFFF * 4096
+    assert balloon.status(COUNTERS, 0)["inflated"] == 3 * 4096
 
 
 def test_stale_fields_of_a_config_write_change_nothing() -> None:
@@ -127,32 +127,19 @@ def test_a_guest_with_large_pages_reaches_its_target_nearly(
     assert balloon.reached is reached
 
 
-@pytest.mark.parametrize(
-    ("features", "poison", "kept"),
-    [
-        (ALL, 0, False),
-        (ALL, 0xAAAA_AAAA, True),
-        (ALL & ~BalloonFeature.PAGE_POISON, 0xAAAA_AAAA, False),
-    ],
-)
-def test_reported_pages_are_kept_exactly_when_they_must_not_become_zero(
-    features: int, poison: int, kept: bool
-) -> None:
-    """The poison value is written before the features are known to us."""
-    balloon = Balloon()
-    balloon.on_config_written(config(poison=poison))
-    (effect,) = balloon.on_features(features)
-    flags = DataPlane.MUST_TELL_HOST | (DataPlane.KEEP_REPORTED if kept else DataPlane(0))
+@pytest.mark.parametrize("negotiated", [False, True])
+def test_the_data_plane_minds_the_poison_value_if_the_driver_does(negotiated: bool) -> None:
+    features = ALL if negotiated else ALL & ~BalloonFeature.PAGE_POISON
+    (effect,) = Balloon().on_features(features)
+    flags = DataPlane.MUST_TELL_HOST | (DataPlane.PAGE_POISON if negotiated else DataPlane(0))
     assert effect == ConfigureDataPlane(flags)
 
 
-def test_a_poison_value_changed_in_mid_flight_takes_effect_at_once() -> None:
+def test_the_next_vmm_s_guest_has_no_poison_value() -> None:
     balloon = Balloon()
-    balloon.on_features(BalloonFeature.PAGE_POISON)
-    effects = balloon.on_config_written(config(poison=0xAA))
-    assert ConfigureDataPlane(DataPlane.KEEP_REPORTED) in effects
-    effects = balloon.on_config_written(config(poison=0))
-    assert ConfigureDataPlane(DataPlane(0)) in effects
+    balloon.on_config_written(config(poison=0xAA))
+    balloon.on_disconnected()
+    assert balloon.config()[-4:] == bytes(4)
 
 
 def test_a_new_driver_starts_with_an_empty_balloon_and_the_old_target() -> None:
@@ -170,7 +157,7 @@ def test_a_new_drivers_statistics_are_not_its_predecessors() -> None:
     data = pack("<HQ", 4, 1)
     balloon.on_chain(Chain(2, Role.STATISTICS, 1, data, len(data)), now_s=1.0)
     balloon.on_driver_reset()
-    assert balloon.status(COUNTERS)["stats"] == {}
+    assert balloon.status(COUNTERS, 0)["stats"] == {}
     assert balloon.on_timer() == []
 
 
@@ -178,8 +165,8 @@ def test_inhibiting_adds_to_what_was_negotiated() -> None:
     balloon = Balloon()
     balloon.on_features(BalloonFeature.MUST_TELL_HOST)
     both = DataPlane.MUST_TELL_HOST | DataPlane.INHIBIT
-    assert balloon.inhibit(True) == [ConfigureDataPlane(both)]
-    assert balloon.inhibit(False) == [ConfigureDataPlane(DataPlane.MUST_TELL_HOST)]
+    assert balloon.inhibit("pinned") == [ConfigureDataPlane(both)]
+    assert balloon.inhibit(None) == [ConfigureDataPlane(DataPlane.MUST_TELL_HOST)]
 
 
 def test_a_chain_of_the_data_plane_is_no_business_of_ours() -> None:
@@ -208,7 +195,7 @@ def test_statistics_are_asked_for_by_the_timer_and_on_request() -> None:
 def test_status_holds_the_contracts_keys_in_bytes() -> None:
     balloon = Balloon()
     balloon.on_features(ALL)
-    status = balloon.status(COUNTERS)
+    status = balloon.status(COUNTERS, 0)
     contract = ("target", "actual", "inflated", "reported", "discarded", "stats", "features")
     assert tuple(status)[:7] == contract
     assert status["reported"] == 4 * MiB
@@ -245,7 +232,7 @@ def test_a_successor_is_what_its_predecessor_was(
     successor.on_started()
 
     assert successor.config() == balloon.config()
-    assert successor.status(COUNTERS) == balloon.status(COUNTERS)
+    assert successor.status(COUNTERS, 0) == balloon.status(COUNTERS, 0)
     assert successor.save() == balloon.save()
 
 

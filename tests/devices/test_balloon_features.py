@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from vhostd.devices.balloon_features import (
@@ -91,5 +93,6 @@ def test_everything_is_offered_by_default_and_nothing_undone() -> None:
     ],
 )
 def test_an_option_switched_off_takes_exactly_its_bit_away(option: str, bit: int) -> None:
-    off = offered_features(BalloonOptions(**{option: False}))
+    changes: dict[str, Any] = {option: False}
+    off = offered_features(replace(BalloonOptions(), **changes))
     assert offered_features(BalloonOptions()) ^ off == 1 << bit

@@ -33,6 +33,8 @@ static struct vhd_log *dirty_log;
 static struct vhd_table table;
 static struct vhd_walk walk;
 
+static const uint32_t poison_val = 0xaaaaaaaa;
+
 struct model {
     struct vhd_balloon balloon;
     struct vhd_balloon_counters counters;
@@ -110,6 +112,7 @@ static void begin(struct model *model, uint8_t mode)
     model->flags = mode & 7;
     model->balloon.flags = model->flags;
     model->balloon.counters = &model->counters;
+    model->balloon.poison_val = &poison_val;
     model->balloon.log = mode & 8 ? dirty_log : NULL;
 }
 
@@ -239,7 +242,7 @@ static void check_host_page(const struct model *model, uint64_t first, uint64_t 
         may |= model->given_up;
     bool may_go = (may & mask) == mask && !inhibited;
     bool must_go = (model->listed & mask) == mask && !inhibited;
-    bool kept = inhibited || model->flags & VHD_BALLOON_KEEP_REPORTED;
+    bool kept = inhibited || model->flags & VHD_BALLOON_PAGE_POISON;
     bool reported = !kept;
 
     for (uint64_t page = first; page < first + parts; page++)

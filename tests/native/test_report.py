@@ -9,6 +9,8 @@ from tests.fakes.driver import Buffer
 from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory
 from tests.native.rig import DATA_ADDR, LAYOUTS, Guest, Host, Layout, pages_at, present
 
+POISON_OFFSET = 12
+
 
 def free(guest_addr: int, size: int) -> Buffer:
     """A range reported free."""
@@ -96,10 +98,20 @@ def test_a_readable_range_is_refused(host: Host) -> None:
         assert guest.device.balloon_counters().reports_refused == 1
 
 
-@pytest.mark.parametrize("flag", [BalloonFlag.KEEP_REPORTED, BalloonFlag.INHIBIT])
+def test_a_poison_value_of_zero_keeps_nothing(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        guest.device.balloon_configure(BalloonFlag.PAGE_POISON)
+        ring = guest.ring(Handler.REPORT)
+        guest.memory.touch(DATA_ADDR, PAGE_SIZE)
+        ring.send(free(DATA_ADDR, PAGE_SIZE))
+        assert not guest.memory.page_present(DATA_ADDR)
+
+
+@pytest.mark.parametrize("flag", [BalloonFlag.PAGE_POISON, BalloonFlag.INHIBIT])
 def test_pages_that_must_keep_their_bytes_keep_them(host: Host, flag: BalloonFlag) -> None:
     with Guest.on(host, GuestMemory.flat()) as guest:
         guest.device.balloon_configure(flag)
+        guest.device.publish_config(POISON_OFFSET, b"\xaa\0\0\0")
         ring = guest.ring(Handler.REPORT)
         guest.memory.touch(DATA_ADDR, PAGE_SIZE)
         ring.send(free(DATA_ADDR, PAGE_SIZE))

@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "memory": {"_native"},
     "backend": {
         "transport", "protocol", "session", "devices", "memory", "_native", "log", "config",
+        "config_devices", "qmp",
     },
     "metrics": {"control"},
     "control": {"metrics", "config", "log"},

@@ -186,6 +186,7 @@ class Device:
             return None
         return Chain(
             token=chain.token,
+            position=chain.position,
             data=bytes(ffi.buffer(self._bytes, chain.copied_size)),
             readable_size=chain.readable_size,
             writable_count=chain.writable_count,

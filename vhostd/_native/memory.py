@@ -32,6 +32,49 @@ class Mapping:
         pages: int = lib.vhd_mapping_given_up_pages(self.handle)
         return pages
 
+    # Ranges below: bytes, in whole pages of the file. These calls may take long, without the GIL.
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give a range back to the host.
+
+        Raises:
+            OSError: EOPNOTSUPP neither shmem nor hugetlbfs, or what fallocate(2) says.
+        """
+        check(lib.vhd_mapping_discard(self.handle, offset, size), "discard")
+
+    def populate(self, offset: int, size: int) -> None:
+        """Allocate a range's pages.
+
+        Raises:
+            OSError: ENOMEM, ENOSPC and the like; a part of it may be allocated then.
+        """
+        check(lib.vhd_mapping_populate(self.handle, offset, size), "populate")
+
+    def next_data(self, offset: int, size: int) -> tuple[int, int] | None:
+        """Offset and size of the first part of a range that has memory; None if nothing has.
+
+        Raises:
+            OSError: EOPNOTSUPP on hugetlbfs, which can't tell.
+        """
+        begin, end = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        result = lib.vhd_mapping_next_data(self.handle, offset, size, begin, end)
+        if check(result, "look for memory") == 0:
+            return None
+        return begin[0], end[0] - begin[0]
+
+    @property
+    def resident_size(self) -> int:
+        """Bytes of host memory the whole file takes up."""
+        return check(lib.vhd_mapping_resident_size(self.handle), "resident size")
+
+    def bind(self, offset: int, size: int, node: int) -> None:
+        """Take a range's future pages from one host NUMA node, for all who map the file.
+
+        Raises:
+            OSError: EINVAL there is no such node.
+        """
+        check(lib.vhd_mapping_bind(self.handle, offset, size, node), f"bind to node {node}")
+
     def close(self) -> None:
         """Unmap it; no device may have it in its memory table. Twice is fine."""
         handle, self.handle = self.handle, ffi.NULL

@@ -62,7 +62,7 @@ class BalloonFlag(IntFlag):
     """How the data plane treats pages."""
 
     MUST_TELL_HOST = lib.VHD_BALLOON_MUST_TELL_HOST
-    KEEP_REPORTED = lib.VHD_BALLOON_KEEP_REPORTED
+    PAGE_POISON = lib.VHD_BALLOON_PAGE_POISON
     INHIBIT = lib.VHD_BALLOON_INHIBIT
 
 
@@ -98,6 +98,7 @@ class Chain:
     """struct vhd_chain and the readable bytes that were copied; sizes in bytes."""
 
     token: int
+    position: int
     data: bytes
     readable_size: int
     writable_count: int

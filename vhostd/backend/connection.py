@@ -7,20 +7,22 @@ the step says, the reply goes out. Must not know what any message means.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
 
 from vhostd import _native
-from vhostd.backend.effects import EffectPerformer
+from vhostd.backend.effects import EffectPerformer, HostWork
 from vhostd.backend.journal import Journal
 from vhostd.backend.memory_table import DeviceMemory
 from vhostd.backend.notifier import ConfigNotifier
 from vhostd.backend.performer import ActionPerformer
-from vhostd.backend.rings import Rings
+from vhostd.backend.rings import CONTROL_HANDLERS, HANDLER_OF, Rings
+from vhostd.backend.window import NoHostWork, Window
 from vhostd.backend.worker import VmWorker
-from vhostd.devices.balloon import Balloon
-from vhostd.devices.base import Chain, Role
+from vhostd.devices.base import Chain, Device, GuestRange, Role
+from vhostd.devices.mem import Mem
 from vhostd.errors import FrontendError, GuestError, HostError
 from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
@@ -59,9 +61,10 @@ class DeviceConnection:
         self,
         vm_name: str,
         connection: Connection,
-        device: Balloon,
+        device: Device,
         worker: VmWorker,
         registry: MemoryRegistry,
+        stop_vm: Callable[[str], None],
         journal: Journal,
     ) -> None:
         self._connection = connection
@@ -77,12 +80,17 @@ class DeviceConnection:
         )
         self._rings = Rings(self._native, device.queue_count)
         self.notifier = ConfigNotifier(journal)
-        self.effects = EffectPerformer(self._native, device, self.notifier, journal)
+        memory = self._memory = DeviceMemory(vm_name, registry, worker, self._native)
+        self._window = None
+        host_work: HostWork = NoHostWork()
+        if isinstance(device, Mem):
+            host_work = self._window = Window(device, memory, journal)
+        self.effects = EffectPerformer(self._native, self.notifier, host_work, stop_vm, journal)
         self._performer = ActionPerformer(
             worker,
             self._native,
             device,
-            DeviceMemory(vm_name, registry, worker, self._native),
+            memory,
             self._rings,
             self.notifier,
             self.effects,
@@ -111,6 +119,11 @@ class DeviceConnection:
             for index in sorted(self._rings.started)
             if (fault := self._native.ring_statistics(index).fault) is not _native.Fault.NONE
         }
+
+    @property
+    def memory_ranges(self) -> Sequence[GuestRange]:
+        """Where the VMM's memory is."""
+        return self._memory.ranges
 
     def balloon_counters(self) -> dict[str, int]:
         """Counters of the native data plane, named as in struct vhd_balloon_counters."""
@@ -148,6 +161,8 @@ class DeviceConnection:
                     nursery.start_soon(self.notifier.run)
                     nursery.start_soon(self._keep_time)
                     nursery.start_soon(self._serve_chains_left)
+                    if self._window is not None:
+                        nursery.start_soon(self._window.run, self.effects.perform)
                     await self._serve_messages()
                     nursery.cancel_scope.cancel()
             finally:
@@ -161,9 +176,7 @@ class DeviceConnection:
 
     def _forget_driver(self) -> None:
         # There is nobody left to perform effects for: only what the device itself knows changes.
-        self._device.on_stopped()
-        self._device.on_driver_reset()
-        self._device.on_features(0)
+        self._device.on_disconnected()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -223,7 +236,7 @@ class DeviceConnection:
     def _serve_chains(self) -> None:
         roles = self._device.roles(self._performer.features, self._rings.started)
         for index, role in roles.items():
-            if role in (Role.STATISTICS, Role.FREE_PAGE_HINT):
+            if HANDLER_OF[role] in CONTROL_HANDLERS:
                 self._serve_queue(index, role)
 
     def _serve_queue(self, index: int, role: Role) -> None:
@@ -235,6 +248,7 @@ class DeviceConnection:
                 queue_index=index,
                 role=role,
                 token=taken.token,
+                position=taken.position,
                 data=taken.data,
                 readable_size=taken.readable_size,
                 writable_count=taken.writable_count,

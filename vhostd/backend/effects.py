@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from vhostd import _native
 from vhostd.backend.journal import Journal
 from vhostd.backend.notifier import ConfigNotifier
 from vhostd.devices import base
-from vhostd.devices.balloon import Balloon
 from vhostd.devices.base import Effect, Effects
+
+
+class HostWork(Protocol):
+    """What takes too long to be done at once."""
+
+    def discard(self, part: base.GuestRange) -> None:
+        """Give guest memory back to the host, soon."""
+
+    def populate(self, part: base.GuestRange) -> None:
+        """Allocate guest memory, soon."""
 
 
 class EffectPerformer:
@@ -25,11 +34,17 @@ class EffectPerformer:
     """
 
     def __init__(
-        self, native: _native.Device, device: Balloon, notifier: ConfigNotifier, journal: Journal
+        self,
+        native: _native.Device,
+        notifier: ConfigNotifier,
+        host_work: HostWork,
+        stop_vm: Callable[[str], None],
+        journal: Journal,
     ) -> None:
         self._native: Final = native
-        self._device: Final = device
         self._notifier = notifier
+        self._host_work = host_work
+        self._stop_vm = stop_vm
         self._journal = journal
         self.chains_refused = 0
         self._by_type: dict[type[Effect], Callable[..., None]] = {
@@ -38,6 +53,9 @@ class EffectPerformer:
             base.NotifyConfig: self._notify_config,
             base.ConfigureDataPlane: self._configure_data_plane,
             base.ResetDataPlane: self._reset_data_plane,
+            base.DiscardMemory: self._discard_memory,
+            base.PopulateMemory: self._populate_memory,
+            base.StopVm: self._stop,
             base.Log: self._log,
             base.Event: self._event,
         }
@@ -46,10 +64,6 @@ class EffectPerformer:
         """Do all of them, in order. ResetDataPlane needs the worker parked."""
         for effect in effects:
             self._by_type[type(effect)](effect)
-
-    def on_guest_memory(self, size: int) -> None:
-        """The memory table changed; bytes in all."""
-        self.perform(self._device.set_guest_memory(size))
 
     def refuse_chain(self, chain: base.Chain) -> None:
         """Give a chain back unused."""
@@ -77,6 +91,15 @@ class EffectPerformer:
     def _reset_data_plane(self, effect: base.ResetDataPlane) -> None:
         del effect
         self._native.balloon_reset()
+
+    def _discard_memory(self, effect: base.DiscardMemory) -> None:
+        self._host_work.discard(effect.range)
+
+    def _populate_memory(self, effect: base.PopulateMemory) -> None:
+        self._host_work.populate(effect.range)
+
+    def _stop(self, effect: base.StopVm) -> None:
+        self._stop_vm(effect.why)
 
     def _log(self, effect: base.Log) -> None:
         self._journal.guest_caused(effect.name, effect.name, **effect.fields)

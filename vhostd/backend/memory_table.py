@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from vhostd import _native
+from vhostd.devices.base import GuestRange
 from vhostd.errors import FrontendError, HostError
 from vhostd.memory.registry import HeldRegion, MemoryRegistry, RegionRequest
 from vhostd.protocol.wire import MemoryRegion
@@ -37,9 +38,22 @@ class DeviceMemory:
         self._slots: dict[MemoryRegion, HeldRegion] = {}
 
     @property
-    def size(self) -> int:
-        """Bytes of guest memory in all regions."""
-        return sum(region.size for region in self._slots)
+    def ranges(self) -> list[GuestRange]:
+        """Where guest memory is."""
+        return [GuestRange(region.guest_addr, region.size) for region in self._slots]
+
+    def hold(self, part: GuestRange) -> tuple[HeldRegion, int] | None:
+        """Hold the region in which a range lies; None if it lies in none.
+
+        Returns:
+            The region, to be released, and the range's offset in its file in bytes.
+        """
+        for held in self._slots.values():
+            region = held.region
+            offset = part.guest_addr - region.guest_addr
+            if offset >= 0 and offset + part.size <= region.size:
+                return held.share(), region.file_offset + offset
+        return None
 
     async def replace(self, sources: tuple[RegionSource, ...]) -> tuple[FileIdentity, ...]:
         """Make these regions the table; the descriptors that came with them are closed.

@@ -26,9 +26,13 @@ HANDLER_OF: Final = {
     Role.DEFLATE: _native.Handler.DEFLATE,
     Role.REPORTING: _native.Handler.REPORT,
     Role.STATISTICS: _native.Handler.CONTROL,
+    Role.GUEST_REQUEST: _native.Handler.CONTROL,
     # Its descriptors are free blocks of guest memory, not buffers to read or write.
     Role.FREE_PAGE_HINT: _native.Handler.CONTROL_BLOCKS,
 }
+
+CONTROL_HANDLERS: Final = (_native.Handler.CONTROL, _native.Handler.CONTROL_BLOCKS)
+"""Their chains are served in Python."""
 
 _RING_FEATURE: Final = {
     VirtioFeature.RING_PACKED: _native.RingFeature.PACKED,

@@ -1,22 +1,31 @@
-"""One VM: its native worker and the devices it has, each behind its socket.
+"""One VM: its native worker, its devices each behind its socket, and its monitor.
 
-Promise: one VMM connection a device at a time, and nothing of it left when it ends. Must not know
-messages or what a device does.
+Promise: each device is served by itself, and what concerns the machine reaches all of them. Must
+not know messages or what a device does.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trio
 
-from vhostd.backend.connection import NO_COUNTERS, NO_COUNTS, DeviceConnection
+from vhostd.backend.connection import NO_COUNTERS, NO_COUNTS
 from vhostd.backend.journal import Journal
+from vhostd.backend.monitor import Monitor
+from vhostd.backend.seat import DeviceSeat, Surroundings
 from vhostd.backend.worker import VmWorker
-from vhostd.config import BalloonConfig, VmConfig
+from vhostd.config import VmConfig
+from vhostd.config_devices import BalloonConfig, MemConfig
 from vhostd.devices.balloon import Balloon
 from vhostd.devices.balloon_features import BalloonOptions
-from vhostd.devices.base import Effects
+from vhostd.devices.base import Device, GuestRange, Refused
+from vhostd.devices.mem import Mem
+from vhostd.devices.mem_violations import OnViolation
+from vhostd.devices.mem_window import MemOptions
+from vhostd.devices.memory_plan import MemRoom, boot_memory_size, plan_memory
 from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.connection import Connection
@@ -24,9 +33,12 @@ from vhostd.transport.listener import Listener
 
 JsonObject = dict[str, Any]
 
+STATES_BY_WEIGHT = ("quarantined", "running", "stopped", "connected", "waiting")
+"""A VM is in the first of these that one of its devices is in."""
 
-def balloon_of(config: BalloonConfig) -> Balloon:
-    """The device a configuration describes."""
+
+def balloon_of(config: BalloonConfig, windows: Sequence[GuestRange] = ()) -> Balloon:
+    """The balloon a configuration describes, in a VM with these windows."""
     return Balloon(
         BalloonOptions(
             free_page_reporting=config.free_page_reporting,
@@ -36,131 +48,266 @@ def balloon_of(config: BalloonConfig) -> Balloon:
             packed=config.packed,
             in_order=config.in_order,
             stats_interval_s=config.stats_interval_s,
+            windows=tuple(windows),
+        )
+    )
+
+
+def mem_of(config: MemConfig) -> Mem:
+    """The virtio-mem device a configuration describes."""
+    return Mem(
+        MemOptions(
+            id=config.id,
+            address=config.window_address,
+            size=config.size,
+            block_size=config.block_size,
+            requested_size=config.requested_size,
+            node=config.node,
+            host_node=config.host_node,
+            prealloc=config.prealloc,
+            on_violation=OnViolation(config.on_violation),
+            packed=config.packed,
+            in_order=config.in_order,
         )
     )
 
 
 class Vm:
-    """A VM's balloon and what serves it.
+    """A VM's devices and what serves them.
 
     Attributes:
-        balloon: the device; it outlives connections, as an operator's target does.
-        connections: VMM connections ever accepted, those that were turned away not counted.
-        connections_refused: turned away because one was there already.
+        balloon: its balloon, or None; devices outlive connections, as an operator's wishes do.
+        mems: its virtio-mem devices by id, in the configuration's order.
     """
 
     def __init__(
-        self, config: VmConfig, source: Listener | Connection, registry: MemoryRegistry,
+        self,
+        config: VmConfig,
+        sources: Sequence[Listener | Connection],
+        registry: MemoryRegistry,
         journal: Journal,
-    ) -> None:  # fmt: skip
-        assert config.balloon is not None, "a VM without a device is a mistake of the configuration"
+    ) -> None:
         self.name = config.name
         self.config = config
-        self.balloon = balloon_of(config.balloon)
-        self._source = source
-        self._registry = registry
         self._journal = journal
-        self._connection: DeviceConnection | None = None
-        self._idle = trio.Event()  # set when the connection has ended
-        self.connections = 0
-        self.connections_refused = 0
+        self._monitor = None if config.qmp is None else Monitor(config.qmp, self, journal)
+        self.mems = {mem.id: mem_of(mem) for mem in config.mems}
+        self.balloon = None if config.balloon is None else balloon_of(config.balloon, self._windows)
+        devices: dict[str, Device] = {
+            **({} if self.balloon is None else {"balloon": self.balloon}),
+            **self.mems,
+        }
+        shared = Surroundings(self.name, registry, journal, self._stop_vm, self._vmm_connected)
+        self._seats = {
+            name: DeviceSeat(name, device, source, shared)
+            for (name, device), source in zip(devices.items(), sources, strict=True)
+        }
+        self._tell_hotplug_size()
 
     async def run(self) -> None:
-        """Serve VMMs until cancelled, or until the one connection we were handed has ended."""
-        try:
-            async with VmWorker.open(self.name) as worker:
-                if isinstance(self._source, Connection):
-                    await self._serve(worker, self._source)
-                else:
-                    await self._accept(worker, self._source)
-        finally:
-            self._source.close()
+        """Serve VMMs until cancelled, or until all connections we were handed have ended."""
+        async with VmWorker.open(self.name) as worker, trio.open_nursery() as nursery:
+            if self._monitor is not None:
+                nursery.start_soon(self._monitor.run)
+            async with trio.open_nursery() as seats:
+                for seat in self._seats.values():
+                    seats.start_soon(seat.run, worker)
+            nursery.cancel_scope.cancel()
 
-    async def _accept(self, worker: VmWorker, listener: Listener) -> None:
-        async with trio.open_nursery() as nursery:
-            while True:
-                connection = await listener.accept()
-                if self._connection is not None and self._connection.hung_up:
-                    await self._idle.wait()
-                if self._connection is not None:
-                    self._turn_away(connection)
-                    continue
-                try:
-                    self._connection = self._new_connection(worker, connection)
-                except OSError as error:
-                    connection.close()
-                    self._journal.guest_caused("open", LogEvent.HOST_ERROR, error=str(error))
-                    continue
-                nursery.start_soon(self._run_connection, self._connection)
+    # -- what the machine does (monitor.MonitorOwner) ------------------------------------------
 
-    def _turn_away(self, connection: Connection) -> None:
-        connection.close()
-        self.connections_refused += 1
-        self._journal.guest_caused(
-            "second",
-            LogEvent.FRONTEND_ERROR,
-            error="a second VMM connected and was turned away: one is being served",
+    @property
+    def vmm_present(self) -> bool:
+        """A VMM is connected to one of the devices."""
+        return any(seat.connection is not None for seat in self._seats.values())
+
+    def on_system_reset(self) -> None:
+        """The machine was reset: no memory of a window is in use any more."""
+        for name, mem in self.mems.items():
+            self._seats[name].perform(mem.on_system_reset())
+
+    def on_pinned(self, devices: Sequence[str]) -> None:
+        """Give no memory back while these devices pin it; none: nothing does."""
+        why = f"guest memory is pinned by {', '.join(devices)}" if devices else None
+        self._inhibit(why)
+
+    def on_encrypted(self, technology: str) -> None:
+        """Change nothing about memory that the host can't take back."""
+        why = f"guest memory is encrypted by {technology}"
+        for device in (self.balloon, *self.mems.values()):
+            if device is not None:
+                device.forbid(why)
+        self._inhibit(why)
+
+    def _inhibit(self, why: str | None) -> None:
+        if self.balloon is not None and self.balloon.inhibited != why:
+            self._seats["balloon"].perform(self.balloon.inhibit(why))
+        for name, mem in self.mems.items():
+            self._seats[name].perform(mem.inhibit(why))
+
+    def _vmm_connected(self) -> None:
+        if self._monitor is not None:
+            self._monitor.vmm_connected()
+
+    def _stop_vm(self, why: str) -> None:
+        if self._monitor is None:
+            self._journal.log.error(
+                LogEvent.VM_NOT_STOPPED, why=why, reason="no QMP socket is configured"
+            )
+        else:
+            self._monitor.stop_vm(why)
+
+    # -- what an operator wants ----------------------------------------------------------------
+
+    def set_balloon_target(self, size: int) -> None:
+        """Ask the guest to give up `size` bytes.
+
+        Raises:
+            Refused: it cannot be; the text says why.
+        """
+        self._seats["balloon"].perform(self.require_balloon().set_target(size))
+
+    def request_statistics(self) -> None:
+        """Ask the guest for its statistics.
+
+        Raises:
+            Refused: no driver runs, or it gives none.
+        """
+        self._seats["balloon"].perform(self.require_balloon().request_statistics())
+
+    def balloon_hint(self, *, start: bool) -> None:
+        """Begin or break off a free page hinting round.
+
+        Raises:
+            Refused: it cannot be now; the text says why.
+        """
+        balloon = self.require_balloon()
+        self._seats["balloon"].perform(balloon.hint_start() if start else balloon.hint_stop())
+
+    def require_balloon(self) -> Balloon:
+        """The balloon. Raises Refused if there is none."""
+        if self.balloon is None:
+            raise Refused(f"VM {self.name!r} has no balloon")
+        return self.balloon
+
+    def find_mem(self, device: str | None) -> Mem:
+        """A virtio-mem device by its id, or the only one.
+
+        Raises:
+            Refused: there is none of that id, or several to choose from.
+        """
+        names = ", ".join(self.mems)
+        if device is None:
+            if len(self.mems) == 1:
+                return next(iter(self.mems.values()))
+            has = f"several: choose one of {names}" if self.mems else "none"
+            raise Refused(f"which memory device? VM {self.name!r} has {has}")
+        if device not in self.mems:
+            raise Refused(
+                f"VM {self.name!r} has no memory device {device!r}; it has {names or 'none'}"
+            )
+        return self.mems[device]
+
+    def resize_mem(self, device: str | None, size: int) -> str:
+        """Ask the guest to use `size` bytes of a virtio-mem device; its id is returned.
+
+        Raises:
+            Refused: it cannot be; the text says why.
+        """
+        mem = self.find_mem(device)
+        self._seats[mem.options.id].perform(mem.set_requested_size(size))
+        self._tell_hotplug_size()
+        return mem.options.id
+
+    def set_memory(self, size: int) -> JsonObject:
+        """Ask for `size` bytes of usable memory; says what was asked of whom.
+
+        Raises:
+            Refused: it cannot be; the text says why. Nothing was changed then.
+        """
+        rooms = [
+            MemRoom(mem.options.id, mem.options.size, mem.options.block_size)
+            for mem in self.mems.values()
+        ]
+        plan = plan_memory(
+            self._boot_memory_size(), rooms, size, has_balloon=self.balloon is not None
         )
+        for name, requested in plan.requested.items():
+            self.mems[name].check_request(requested)
+        # What grows comes first, so that no limit of the other is hit on the way.
+        for name, requested in plan.requested.items():
+            self._seats[name].perform(self.mems[name].set_requested_size(requested))
+        self._tell_hotplug_size()
+        if self.balloon is not None:
+            self.set_balloon_target(plan.balloon)
+        return {"size": size, "mem": plan.requested, "balloon": plan.balloon}
 
-    async def _serve(self, worker: VmWorker, connection: Connection) -> None:
-        self._connection = self._new_connection(worker, connection)
-        await self._run_connection(self._connection)
+    def _boot_memory_size(self) -> int:
+        sizes = [
+            boot_memory_size(seat.connection.memory_ranges, self._windows)
+            for seat in self._seats.values()
+            if seat.connection is not None
+        ]
+        size = max(sizes, default=0)
+        if size == 0:
+            raise Refused(f"VM {self.name!r}: no VMM is connected, its memory is not known")
+        return size
 
-    def _new_connection(self, worker: VmWorker, connection: Connection) -> DeviceConnection:
-        # Here and not in its task: somebody may wait for its end before that task first runs.
-        self._idle = trio.Event()
-        return DeviceConnection(
-            self.name, connection, self.balloon, worker, self._registry, self._journal
-        )
+    @property
+    def _windows(self) -> list[GuestRange]:
+        return [mem.options.window for mem in self.mems.values()]
 
-    async def _run_connection(self, connection: DeviceConnection) -> None:
-        self.connections += 1
-        self._journal.log.info(LogEvent.VM_CONNECTED)
-        self._journal.publish(LogEvent.VM_CONNECTED, {})
-        try:
-            await connection.run()
-        finally:
-            self._connection = None
-            self._idle.set()
-            self._journal.log.info(LogEvent.VM_DISCONNECTED)
-            self._journal.publish(LogEvent.VM_DISCONNECTED, {})
+    def _tell_hotplug_size(self) -> None:
+        if self.balloon is not None:
+            requested = sum(mem.requested_size for mem in self.mems.values())
+            self._seats["balloon"].perform(self.balloon.set_hotplug_size(requested))
 
-    # -- what an operator sees and wants -------------------------------------------------------
+    # -- what an operator sees -----------------------------------------------------------------
 
     @property
     def state(self) -> str:
         """waiting, connected, running, stopped or quarantined."""
-        if self._connection is None:
-            return "waiting"
-        if self._connection.faults:
-            return "quarantined"
-        session = self._connection.state
-        if any(ring.live for ring in session.rings):
-            return "running"
-        return "stopped" if any(ring.started_at for ring in session.rings) else "connected"
+        states = {seat.state for seat in self._seats.values()}
+        return next(state for state in STATES_BY_WEIGHT if state in states)
 
     def status(self) -> JsonObject:
         """The object of `vhostctl --json status VM`; sizes in bytes."""
-        connection = self._connection
-        counters = NO_COUNTERS if connection is None else connection.balloon_counters()
-        balloon = self.balloon.status(counters)
-        balloon["queues"] = {} if connection is None else connection.queues()
+        devices = {name: self._device_status(seat) for name, seat in self._seats.items()}
+        balloon = {} if self.balloon is None else {"balloon": devices["balloon"]}
         return {
             "vm": self.name,
             "state": self.state,
-            "balloon": balloon,
-            "mem": [],
+            **balloon,
+            "mem": [devices[name] for name in self.mems],
             "pmem": [],
-            "connections": self.connections,
-            "connections_refused": self.connections_refused,
-            "faults": {} if connection is None else connection.faults,
-            **(NO_COUNTS if connection is None else connection.counts()),
+            "qmp": self._monitor is not None and self._monitor.connected,
+            "connections": sum(seat.connections for seat in self._seats.values()),
+            "connections_refused": sum(seat.connections_refused for seat in self._seats.values()),
+            "faults": self._faults(),
+            **self._counts(),
         }
 
-    def perform(self, effects: Effects) -> None:
-        """Carry out what an operator's wish made the balloon ask for.
+    def _device_status(self, seat: DeviceSeat) -> JsonObject:
+        connection = seat.connection
+        counters = NO_COUNTERS if connection is None else connection.balloon_counters()
+        status = seat.device.status(counters, time.time())
+        status["state"] = seat.state
+        status["queues"] = {} if connection is None else connection.queues()
+        return status
 
-        Without a VMM only the balloon's own state changes; the next connection publishes it.
-        """
-        if self._connection is not None:
-            self._connection.effects.perform(effects)
+    def _faults(self) -> dict[str, str]:
+        """Quarantined rings by index; of other devices than the balloon, by id/index."""
+        return {
+            str(index) if name == "balloon" else f"{name}/{index}": fault
+            for name, seat in self._seats.items()
+            if seat.connection is not None
+            for index, fault in seat.connection.faults.items()
+        }
+
+    def _counts(self) -> Mapping[str, int]:
+        counts = dict(NO_COUNTS)
+        for seat in self._seats.values():
+            if seat.connection is not None:
+                for name, count in seat.connection.counts().items():
+                    counts[name] += count
+        return counts

@@ -29,6 +29,8 @@ from vhostd.control.verbs import (
     WAIT_MAX_S,
     BalloonHint,
     BalloonTarget,
+    MemorySize,
+    MemResize,
     Verb,
     openapi,
 )
@@ -102,6 +104,13 @@ async def _read_body(request: Request, kind: type[Body]) -> Body:
         raise ApiError(400, f"the body is not as described: {error}") from error
 
 
+def _size(name: str, value: int | str) -> int:
+    try:
+        return parse_size(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ApiError(400, f"{name}: {error}") from error
+
+
 def _flag(request: Request, name: str, *, default: bool) -> bool:
     text = request.query_params.get(name, str(int(default)))
     if text not in ("0", "1"):
@@ -117,6 +126,36 @@ def _seconds(request: Request, name: str, default: float) -> float:
     if not 0 <= seconds <= WAIT_MAX_S:
         raise ApiError(400, f"{name} is a number of seconds, 0 to {WAIT_MAX_S:g}")
     return seconds
+
+
+def _mem(vm: VmView, device: str) -> JsonObject:
+    found: JsonObject = next(mem for mem in vm.status()["mem"] if mem["id"] == device)
+    return found
+
+
+def _mem_settled(mem: JsonObject) -> bool:
+    """The guest is there, and the host has got back what was unplugged."""
+    return bool(mem["reached"]) and mem["discarding"] == 0
+
+
+def _mem_standing(vm: VmView, device: str) -> str:
+    """Where a memory device's guest stands, and why."""
+    mem = _mem(vm, device)
+    return f"{device} is at {mem['plugged']} bytes of {mem['requested']}: {mem['standing']}"
+
+
+def _memory_settled(status: JsonObject) -> bool:
+    balloon = status.get("balloon")
+    return all(map(_mem_settled, status["mem"])) and (balloon is None or balloon["reached"])
+
+
+def _memory_standing(vm: VmView) -> list[str]:
+    status = vm.status()
+    lines = [_mem_standing(vm, mem["id"]) for mem in status["mem"] if not _mem_settled(mem)]
+    if "balloon" in status and not status["balloon"]["reached"]:
+        balloon = status["balloon"]
+        lines.append(f"the balloon is at {balloon['actual']} bytes of {balloon['target']}")
+    return lines
 
 
 class _Handlers:
@@ -142,10 +181,7 @@ class _Handlers:
     async def set_balloon(self, request: Request) -> Response:
         balloon = self._balloon(request)
         body = await _read_body(request, BalloonTarget)
-        try:
-            size = parse_size(body.target) if isinstance(body.target, str) else body.target
-        except ValueError as error:
-            raise ApiError(400, f"target: {error}") from error
+        size = _size("target", body.target)
         await self._vm(request).set_balloon_target(size)
         if body.wait_s is not None:
             await self._wait(
@@ -175,6 +211,33 @@ class _Handlers:
         body = await _read_body(request, BalloonHint)
         await self._vm(request).balloon_hint(body.action)
         return json_response(balloon()["hint"])
+
+    async def list_mem(self, request: Request) -> Response:
+        return json_response(self._vm(request).status()["mem"])
+
+    async def resize_mem(self, request: Request) -> Response:
+        vm = self._vm(request)
+        body = await _read_body(request, MemResize)
+        device = await vm.resize_mem(body.device, _size("size", body.size))
+        if body.wait_s is not None:
+            await self._wait(
+                lambda: _mem_settled(_mem(vm, device)),
+                body.wait_s,
+                lambda: _mem_standing(vm, device),
+            )
+        return json_response(_mem(vm, device))
+
+    async def set_memory(self, request: Request) -> Response:
+        vm = self._vm(request)
+        body = await _read_body(request, MemorySize)
+        plan = await vm.set_memory(_size("size", body.size))
+        if body.wait_s is not None:
+            await self._wait(
+                lambda: _memory_settled(vm.status()),
+                body.wait_s,
+                lambda: "; ".join(_memory_standing(vm)),
+            )
+        return json_response(plan)
 
     async def stream_events(self, request: Request) -> Response:
         if not self._writable and self._daemon.events.subscribers >= SUBSCRIBERS_MAX:

@@ -6,6 +6,7 @@ Arguments to requests, answers to text. Must not decide anything the daemon shou
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import click
 
 from vhostd import __version__
-from vhostd.units import GiB, MiB, parse_size
+from vhostd.errors import ConfigError
+from vhostd.units import MiB, parse_size
 
 if TYPE_CHECKING:
     from vhostd.control.client import ControlClient
@@ -38,12 +40,12 @@ def size_argument(context: click.Context, parameter: click.Parameter, text: str)
         raise click.BadParameter(str(error), context, parameter) from error
 
 
-def size_text(context: click.Context, parameter: click.Parameter, text: str) -> str:
-    """A SIZE in whole MiB as QEMU reads it, such as 1536M. Raises click.BadParameter."""
+def ram_argument(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    """A SIZE in bytes that is a number of whole MiB. Raises click.BadParameter."""
     size = size_argument(context, parameter, text)
     if size == 0 or size % MiB:
         raise click.BadParameter("guest RAM is a number of whole MiB", context, parameter)
-    return f"{size // GiB}G" if size % GiB == 0 else f"{size // MiB}M"
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,14 @@ class Session:
 
 pass_session = click.make_pass_decorator(Session)
 vm_argument = click.argument("vm")
+timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, 3600),
+    default=WAIT_DEFAULT_S,
+    show_default=True,
+    help="Seconds to wait at most.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,14 +130,7 @@ def balloon() -> None:
 @vm_argument
 @click.argument("size", callback=size_argument)
 @click.option("--wait", is_flag=True, help="Return once the guest is there.")
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(0, 3600),
-    default=WAIT_DEFAULT_S,
-    show_default=True,
-    help="Seconds to wait at most.",
-)
+@timeout_option
 @pass_session
 def set_balloon(session: Session, vm: str, size: int, wait: bool, timeout_s: float) -> None:
     """Set the size of VM's balloon: the memory taken out of the guest."""
@@ -168,6 +171,55 @@ def hint(session: Session, vm: str, stop: bool) -> None:
         )
 
 
+@main.group()
+def mem() -> None:
+    """Add memory to a guest, and take it away again, in blocks (virtio-mem)."""
+
+
+@mem.command("resize")
+@vm_argument
+@click.argument("size", callback=size_argument)
+@click.option("--device", help="Id of the device; needed where there are several.")
+@click.option("--wait", is_flag=True, help="Show progress; return once the guest is there.")
+@timeout_option
+@pass_session
+def resize_mem(
+    session: Session, vm: str, size: int, device: str | None, wait: bool, timeout_s: float
+) -> None:
+    """Set how much of a memory device VM's guest is to use.
+
+    With --wait, and a guest that does not get there in time, says where it stands and why, and
+    exits with 4.
+    """
+    with session.client() as client:
+        answer = client.resize_mem(vm, size, device)
+        if wait:
+            statuses = client.mem_progress(vm, answer["id"], timeout_s)
+            answer = deque(statuses, 1)[0] if session.json else _render().show_progress(statuses)
+        session.show(answer, _show_nothing)
+
+
+@main.group()
+def memory() -> None:
+    """The memory of a guest as a whole."""
+
+
+@memory.command("set")
+@vm_argument
+@click.argument("size", callback=size_argument)
+@click.option("--wait", is_flag=True, help="Return once the guest has it.")
+@timeout_option
+@pass_session
+def set_memory(session: Session, vm: str, size: int, wait: bool, timeout_s: float) -> None:
+    """Set VM's usable memory: memory devices first, block by block, then the balloon.
+
+    Says what was asked of whom.
+    """
+    with session.client() as client:
+        plan = client.set_memory(vm, size, timeout_s if wait else None)
+        session.show(plan, lambda answer: _render().show_plan(answer))
+
+
 @main.command("qemu-args")
 @vm_argument
 @click.option(
@@ -177,11 +229,11 @@ def hint(session: Session, vm: str, stop: bool) -> None:
     "--memory",
     default="1G",
     show_default=True,
-    callback=size_text,
+    callback=ram_argument,
     help="Guest RAM to write into the options.",
 )
 @pass_session
-def qemu_args(session: Session, vm: str, form: str, memory: str) -> None:
+def qemu_args(session: Session, vm: str, form: str, memory: int) -> None:
     """Print the QEMU options, or the libvirt XML, that connect VM to this daemon.
 
     Guest RAM must be a shared memory file; change --memory to the guest's size.
@@ -190,11 +242,16 @@ def qemu_args(session: Session, vm: str, form: str, memory: str) -> None:
 
     with session.client() as client:
         devices = client.devices(vm)
+    try:
+        options = [*text.memory_options(memory, devices), *text.device_options(devices)]
+    except ConfigError as error:
+        click.echo(f"vhostctl: {error}", err=True)
+        raise click.exceptions.Exit(1) from error
     if form == "libvirt":
-        session.show({"xml": text.libvirt_xml(devices)}, lambda answer: click.echo(answer["xml"]))
-        return
-    options = [*text.memory_options(memory), *text.device_options(devices)]
-    session.show(options, lambda answer: click.echo(text.command_line(answer)))
+        xml = text.libvirt_xml(memory, devices)
+        session.show({"xml": xml}, lambda answer: click.echo(answer["xml"]))
+    else:
+        session.show(options, lambda answer: click.echo(text.command_line(answer)))
 
 
 @main.command()

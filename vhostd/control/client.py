@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from enum import IntEnum
@@ -101,6 +102,33 @@ class ControlClient:
         """Open ("start") or break off ("stop") a free page hinting round."""
         return self._request("POST", _vm_path(name, "balloon", "hint"), {"action": action})
 
+    def resize_mem(self, name: str, size: int, device: str | None = None) -> JsonValue:
+        """Set the requested size of a memory device in bytes; its status comes back."""
+        body = {"size": size, "device": device}
+        return self._request("PUT", _vm_path(name, "mem"), body)
+
+    def mem_progress(self, name: str, device: str, timeout_s: float) -> Iterator[JsonValue]:
+        """The device's status now and whenever it changed, until the guest is at its size.
+
+        Raises ClientError (TIMED_OUT) with where the guest stands after timeout_s.
+        """
+        deadline = time.monotonic() + timeout_s
+        with closing(_UnixConnection(self._socket_path, SILENCE_MAX_S)) as connection:
+            connection.request("GET", f"/v1/events?vm={quote(name, safe='')}")
+            events = connection.getresponse()
+            while True:
+                mems = self._request("GET", _vm_path(name, "mem"))
+                mem = next(mem for mem in mems if mem["id"] == device)
+                yield mem
+                if mem["reached"] and not mem["discarding"]:
+                    return
+                _next_event(connection, events, deadline, mem)
+
+    def set_memory(self, name: str, size: int, wait_s: float | None = None) -> JsonValue:
+        """Set the guest's usable memory in bytes; what was asked of whom comes back."""
+        body = {"size": size, "wait_s": wait_s}
+        return self._request("PUT", _vm_path(name, "memory"), body, extra_timeout_s=wait_s or 0)
+
     def events(self, *, follow: bool) -> Iterator[JsonValue]:
         """The latest events, oldest first; with follow, then those to come, for ever."""
         path = f"/v1/events?recent=1&follow={int(follow)}"
@@ -144,6 +172,28 @@ class ControlClient:
         except (HTTPException, ValueError) as error:
             text = f"{where}: what answers is no vhostd: {type(error).__name__}"
             raise ClientError(text, ExitCode.UNREACHABLE) from error
+
+
+def _next_event(
+    connection: _UnixConnection, events: HTTPResponse, deadline: float, mem: JsonValue
+) -> None:
+    """Wait for an event of the stream, whatever it says."""
+    line = b""
+    while not line.startswith(b"data:"):
+        left_s = deadline - time.monotonic()
+        try:
+            if left_s <= 0:
+                raise TimeoutError
+            connection.sock.settimeout(min(left_s, SILENCE_MAX_S))
+            line = events.readline()
+        except TimeoutError as error:
+            raise ClientError(
+                f"timed out: {mem['id']} is at {mem['plugged']} bytes of {mem['requested']}:"
+                f" {mem['standing']}",
+                ExitCode.TIMED_OUT,
+            ) from error
+        if not line:
+            raise ClientError("the daemon ended while it was waited for", ExitCode.UNREACHABLE)
 
 
 def _vm_path(name: str, *rest: str) -> str:

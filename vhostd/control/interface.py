@@ -21,13 +21,23 @@ class HintAction(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryWindow:
+    """The hidden memory a device needs: guest-physical address, bytes, the guest's NUMA node."""
+
+    address: int
+    size: int
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceSocket:
     """One device as a VMM's command line must describe it.
 
     Attributes:
-        kind: "balloon".
+        kind: "balloon" or "mem".
         id: the device's id in QEMU, unique in its VM.
         path: absolute path of its vhost-user socket.
+        window: None where it needs none.
     """
 
     kind: str
@@ -37,6 +47,7 @@ class DeviceSocket:
     queue_count: int
     config_size: int
     queue_size: int
+    window: MemoryWindow | None = None
 
 
 class VmView(Protocol):
@@ -60,6 +71,15 @@ class VmView(Protocol):
 
     async def balloon_hint(self, action: HintAction) -> None:
         """Open or break off a free page hinting round."""
+
+    async def resize_mem(self, device: str | None, size: int) -> str:
+        """Set the requested size of a virtio-mem device, in bytes; its id comes back.
+
+        device: its id; None: the only one.
+        """
+
+    async def set_memory(self, size: int) -> JsonObject:
+        """Set the guest's usable memory, in bytes; see verbs.MemoryPlan for what comes back."""
 
 
 class Daemon(Protocol):

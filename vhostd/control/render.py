@@ -6,11 +6,12 @@ JSON objects in, text on a rich console out. Must not know where they came from.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -46,7 +47,7 @@ def show_vms(vms: Sequence[Object]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("VM")
     table.add_column("STATE")
-    for heading in ("TARGET", "ACTUAL", "DISCARDED", "GUEST FREE"):
+    for heading in ("PLUGGED", "TARGET", "ACTUAL", "DISCARDED", "GUEST FREE"):
         table.add_column(heading, justify="right")
     for vm in vms:
         balloon = vm.get("balloon", {})
@@ -54,6 +55,7 @@ def show_vms(vms: Sequence[Object]) -> None:
         table.add_row(
             Text(vm["vm"]),
             Text(vm["state"], _STATE_STYLE.get(vm["state"], "")),
+            _size(sum(mem["plugged"] for mem in vm["mem"]) if vm["mem"] else None),
             *(_size(balloon.get(key)) for key in ("target", "actual", "discarded")),
             _size(free),
         )
@@ -75,6 +77,8 @@ def show_vm(vm: Object) -> None:
             ("discarded", f"{_size(balloon['discarded'])} ever"),
             ("features", ", ".join(balloon["features"]) or "none negotiated"),
         ]
+    for mem in vm["mem"]:
+        rows += _mem_rows(mem)
     rows += [
         (f"queue {index}", Text(f"quarantined: {fault}", "bold red"))
         for index, fault in vm.get("faults", {}).items()
@@ -83,6 +87,62 @@ def show_vm(vm: Object) -> None:
     if balloon and balloon["stats"]:
         show("")
         show_statistics(balloon["stats"])
+
+
+def _mem_rows(mem: Object) -> list[tuple[str, Text | str]]:
+    name, plugged, requested = mem["id"], _size(mem["plugged"]), _size(mem["requested"])
+    where = f"window of {_size(mem['size'])} at {mem['address']:#x}, guest node {mem['node']}"
+    rows: list[tuple[str, Text | str]] = [
+        (name, f"{plugged} plugged of {requested} requested: {mem['standing']}"),
+        (f"{name} blocks", f"{_size(mem['block_size'])} each; {where}"),
+    ]
+    if mem["inhibited"]:
+        rows.append((f"{name} discards", Text(f"inhibited: {mem['inhibited']}", "bold yellow")))
+    if mem["violations"]:
+        now = f"{_size(mem['violating_size'])} in unplugged blocks now"
+        rows.append((f"{name} violations", Text(f"{mem['violations']} ever, {now}", "bold red")))
+    return rows
+
+
+def show_plan(plan: Object) -> None:
+    """What was asked of whom for a guest to get to a size."""
+    rows: list[tuple[str, Text | str]] = [("usable", _size(plan["size"]))]
+    rows += [(name, f"{_size(requested)} requested") for name, requested in plan["mem"].items()]
+    rows.append(("balloon", f"{_size(plan['balloon'])} to be given up"))
+    _show_rows(rows)
+
+
+def show_progress(statuses: Iterable[Object]) -> Object:
+    """A memory device on its way: a bar on a terminal, a line for each change elsewhere.
+
+    Returns:
+        The last status.
+    """
+    last: Object = {}
+    if not sys.stdout.isatty():
+        for last in statuses:
+            print(
+                f"{last['id']}: {_size(last['plugged'])} of {_size(last['requested'])}", flush=True
+            )
+        return last
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[size]} of {task.fields[goal]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = None
+        for last in statuses:
+            plugged, requested = last["plugged"], last["requested"]
+            size, goal = _size(plugged), _size(requested)
+            if task is None:
+                start = plugged
+                whole = abs(requested - start) or 1
+                task = progress.add_task(last["id"], total=whole, size=size, goal=goal)
+            done = whole - min(whole, abs(requested - plugged))
+            progress.update(task, completed=done, size=size, goal=goal)
+    return last
 
 
 def show_statistics(statistics: Object) -> None:

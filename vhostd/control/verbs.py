@@ -33,6 +33,33 @@ class BalloonHint(msgspec.Struct, forbid_unknown_fields=True):
     action: HintAction = HintAction.START
 
 
+class MemResize(msgspec.Struct, forbid_unknown_fields=True):
+    """Set the requested size of a memory device; with wait_s, answer only once it is plugged.
+
+    device: its id; may be left out where there is only one.
+    """
+
+    size: Annotated[int, Meta(ge=0)] | str
+    device: str | None = None
+    wait_s: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] | None = None
+
+
+class MemorySize(msgspec.Struct, forbid_unknown_fields=True):
+    """Set the guest's usable memory; with wait_s, answer only once it has that much."""
+
+    size: Annotated[int, Meta(ge=0)] | str
+    wait_s: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] | None = None
+
+
+class MemoryPlan(msgspec.Struct):
+    """How the guest gets to a size: requested of each memory device by id, and the balloon's
+    target. Bytes."""
+
+    size: int
+    mem: dict[str, int]
+    balloon: int
+
+
 class Failure(msgspec.Struct):
     """Why a request was not fulfilled, on one line."""
 
@@ -77,8 +104,41 @@ class BalloonStatus(msgspec.Struct):
     poison_value: int
     stats_received_s: float
     stats_updates: int
+    inhibited: str | None
     hint: HintStatus
     counters: dict[str, int]
+    queues: dict[str, QueueCounters]
+
+
+class MemStatus(msgspec.Struct):
+    """A virtio-mem device; sizes in bytes, blocks as [first, how many].
+
+    `violations` counts unplugged blocks that were ever found to hold memory; `violating_` is what
+    the latest look found. `standing` says how far the guest is, and why not further. `window`:
+    the VMM has the memory the device needs. `inhibited`: why nothing is given back now.
+    """
+
+    id: str
+    size: int
+    requested: int
+    plugged: int
+    usable: int
+    block_size: int
+    node: int
+    violations: int
+    violating_size: int
+    violating_blocks: list[list[int]]
+    on_violation: str
+    address: int
+    window: bool
+    reached: bool
+    standing: str
+    inhibited: str | None
+    discarding: int
+    discard_errors: int
+    features: list[str]
+    answers: dict[str, int]
+    state: State
     queues: dict[str, QueueCounters]
 
 
@@ -91,8 +151,7 @@ class VmStatus(msgspec.Struct):
 
     vm: str
     state: State
-    balloon: BalloonStatus
-    mem: list[dict[str, Any]]
+    mem: list[MemStatus]
     pmem: list[dict[str, Any]]
     connections: int
     faults: dict[str, str]
@@ -102,6 +161,16 @@ class VmStatus(msgspec.Struct):
     config_changes: int = 0
     config_reads: int = 0
     config_writes: int = 0
+    qmp: bool = False
+    balloon: BalloonStatus | None = None  # left out where there is none
+
+
+class WindowDescription(msgspec.Struct):
+    """Hidden guest memory that a device needs; bytes, and the guest's NUMA node."""
+
+    address: int
+    size: int
+    node: int
 
 
 class DeviceDescription(msgspec.Struct):
@@ -114,6 +183,7 @@ class DeviceDescription(msgspec.Struct):
     queue_count: int
     config_size: int
     queue_size: int
+    window: WindowDescription | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +257,31 @@ VERBS: Final = (
         "Open a free page hinting round, or break it off.",
         body=BalloonHint,
         answer=HintStatus,
+        changes=True,
+    ),
+    Verb(
+        "GET",
+        "/v1/vms/{vm}/mem",
+        "list_mem",
+        "Its memory devices.",
+        answer=list[MemStatus],
+    ),
+    Verb(
+        "PUT",
+        "/v1/vms/{vm}/mem",
+        "resize_mem",
+        "Set the requested size of a memory device: bytes, or text such as 2G.",
+        body=MemResize,
+        answer=MemStatus,
+        changes=True,
+    ),
+    Verb(
+        "PUT",
+        "/v1/vms/{vm}/memory",
+        "set_memory",
+        "Set the guest's usable memory, with memory devices first and the balloon for the rest.",
+        body=MemorySize,
+        answer=MemoryPlan,
         changes=True,
     ),
     Verb(

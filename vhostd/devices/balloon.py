@@ -6,7 +6,7 @@ Holds no memory, fd or socket; source of all rules: virtio 1.x, chapter 5.5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from struct import Struct
 from typing import Final
 
@@ -19,8 +19,9 @@ from vhostd.devices.balloon_features import (
     offered_features,
     resolve_roles,
 )
-from vhostd.devices.balloon_hinting import DONE, STOP, Hinting, HintPhase
-from vhostd.devices.balloon_statistics import Statistics, StatisticsQueue
+from vhostd.devices.balloon_hinting import Hinting
+from vhostd.devices.balloon_state import PAGES_MAX, BalloonState
+from vhostd.devices.balloon_statistics import StatisticsQueue
 from vhostd.devices.base import (
     Chain,
     Complete,
@@ -30,6 +31,7 @@ from vhostd.devices.base import (
     Effect,
     Effects,
     Event,
+    GuestRange,
     JsonObject,
     Log,
     NotifyConfig,
@@ -38,6 +40,7 @@ from vhostd.devices.base import (
     ResetDataPlane,
     Role,
 )
+from vhostd.devices.memory_plan import boot_memory_size
 from vhostd.errors import GuestError
 from vhostd.units import BALLOON_PAGE_SIZE, format_size
 
@@ -52,39 +55,8 @@ _NUM_PAGES, _ACTUAL, _COMMAND, _POISON = range(0, CONFIG.size, _FIELD.size)
 CONFIG_WRITABLE: Final = CONFIG.pack(0, 0xFFFF_FFFF, 0, 0xFFFF_FFFF)
 """Only actual and poison_val are the driver's; a write of the whole space carries stale others."""
 
-PAGES_MAX: Final = 0xFFFF_FFFF
-
 REACHED_SLACK_PAGES: Final = 15
 """A guest with 64 KiB pages moves 16 page numbers at a time, so it may stop this far off."""
-
-
-class BalloonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a successor process needs to go on as if nothing had happened."""
-
-    target_pages: int
-    actual_pages: int
-    poison_value: int
-    guest_memory_size: int
-    hint_phase: HintPhase
-    hint_shown: int
-    hint_command: int
-    hint_driver_command: int
-    hint_unanswered: list[int]
-    hint_blocks: int
-    hint_size: int
-    hint_ignored_blocks: int
-    hint_rounds: int
-    statistics: Statistics
-    statistics_received_s: float
-    statistics_updates: int
-
-    def __post_init__(self) -> None:
-        fields = (self.target_pages, self.actual_pages, self.poison_value, self.hint_shown)
-        if not all(0 <= value <= PAGES_MAX for value in (*fields, *self.hint_unanswered)):
-            raise ValueError("a saved balloon field does not fit 32 bits")
-        open_round = self.hint_phase is not HintPhase.IDLE
-        if open_round != (self.hint_shown not in (STOP, DONE)):
-            raise ValueError("a saved hinting round contradicts the command id shown")
 
 
 class Balloon:
@@ -94,7 +66,9 @@ class Balloon:
         target: bytes the guest is asked to give up.
         actual: bytes the guest says it gave up; a hint, which may lie.
         features: what the driver negotiated; 0 before.
-        guest_memory_size: bytes of guest RAM; 0 while unknown.
+        guest_memory_size: bytes of guest RAM, with what other devices were asked to add; 0 while
+            unknown.
+        inhibited: why nothing is discarded now, or None.
     """
 
     device_id = BALLOON_DEVICE_ID
@@ -106,13 +80,16 @@ class Balloon:
         self.options = options or BalloonOptions()
         self.features = 0
         self.guest_memory_size = 0
-        self.inhibited = False
+        self.inhibited: str | None = None
         self.started = False
         self.statistics = StatisticsQueue()
         self.hinting = Hinting()
         self._target_pages = 0
         self._actual_pages = 0
         self._poison_value = 0
+        self._boot_memory_size = 0
+        self._hotplug_size = 0
+        self._forbidden: str | None = None
 
     @property
     def target(self) -> int:
@@ -159,6 +136,8 @@ class Balloon:
             Refused: more than the guest's RAM, or more than 32 bits of pages.
         """
         pages = size // BALLOON_PAGE_SIZE
+        if self._forbidden is not None:
+            raise Refused(f"the balloon can't be used: {self._forbidden}")
         if not 0 <= pages <= PAGES_MAX:
             raise Refused(
                 f"a balloon of {size} bytes can't be: its limit is 2^32 - 1 pages of 4 KiB"
@@ -210,10 +189,36 @@ class Balloon:
         """
         return self._with_command(self.hinting.stop())
 
-    def inhibit(self, inhibited: bool) -> Effects:
-        """Discard nothing at all while `inhibited`, because guest memory is pinned."""
-        self.inhibited = inhibited
+    def inhibit(self, why: str | None) -> Effects:
+        """Discard nothing at all while there is a reason not to, such as pinned memory."""
+        self.inhibited = why
         return [ConfigureDataPlane(self._data_plane())]
+
+    def forbid(self, why: str | None) -> None:
+        """Refuse every target for this reason, such as encrypted memory."""
+        self._forbidden = why
+
+    def set_hotplug_size(self, size: int) -> Effects:
+        """Other devices were asked to add `size` bytes of RAM in all."""
+        self._hotplug_size = size
+        return self._guest_memory_changed()
+
+    # -- what the VMM does ---------------------------------------------------------------------
+
+    def on_memory(self, regions: Sequence[GuestRange]) -> Effects:
+        self._boot_memory_size = boot_memory_size(regions, self.options.windows)
+        return self._guest_memory_changed()
+
+    def _guest_memory_changed(self) -> Effects:
+        if self._boot_memory_size == 0:
+            return []
+        return self.set_guest_memory(self._boot_memory_size + self._hotplug_size)
+
+    def on_disconnected(self) -> None:
+        self.on_stopped()
+        self.on_driver_reset()
+        self.features = self._poison_value = 0
+        self._forbidden = self.inhibited = None
 
     # -- what the driver does ------------------------------------------------------------------
 
@@ -264,7 +269,6 @@ class Balloon:
             effects.append(Event(DeviceEvent.BALLOON_ACTUAL, self._sizes()))
         if poison != self._poison_value:
             self._poison_value = poison
-            effects.append(ConfigureDataPlane(self._data_plane()))
             effects.append(Log(DeviceEvent.BALLOON_POISON, {"poison_value": poison}))
         return effects
 
@@ -319,7 +323,7 @@ class Balloon:
         self.statistics.received_s = state.statistics_received_s
         self.statistics.updates = state.statistics_updates
 
-    def status(self, counters: Mapping[str, int]) -> JsonObject:
+    def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """Sizes in bytes; `actual` and `stats` are the guest's word, the rest is ours."""
         return {
             "target": self.target,
@@ -331,6 +335,7 @@ class Balloon:
             "features": balloon_feature_names(self.features),
             "reached": self.reached,
             "guest_memory": self.guest_memory_size,
+            "inhibited": self.inhibited,
             "poison_value": self._poison_value,
             "stats_received_s": self.statistics.received_s,
             "stats_updates": self.statistics.updates,
@@ -362,10 +367,9 @@ class Balloon:
         flags = DataPlane(0)
         if self.features & BalloonFeature.MUST_TELL_HOST:
             flags |= DataPlane.MUST_TELL_HOST
-        # A reported page must read as the poison value afterwards, and a hole reads as zero.
-        if self.features & BalloonFeature.PAGE_POISON and self._poison_value != 0:
-            flags |= DataPlane.KEEP_REPORTED
-        if self.inhibited:
+        if self.features & BalloonFeature.PAGE_POISON:
+            flags |= DataPlane.PAGE_POISON
+        if self.inhibited is not None:
             flags |= DataPlane.INHIBIT
         return flags
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Final
 
-from vhostd.devices.base import Role
+from vhostd.devices.base import GuestRange, Role
 from vhostd.protocol.features import VirtioFeature
 
 
@@ -32,6 +32,8 @@ class BalloonOptions:
     Attributes:
         stats_interval_s: how often the guest is asked for statistics; 0: only on request.
         packed, in_order: ring layouts offered; a guest that knows neither takes the split ring.
+        windows: guest memory that belongs to other devices and is no RAM of the balloon's guest
+            unless they say so.
     """
 
     free_page_reporting: bool = True
@@ -41,6 +43,7 @@ class BalloonOptions:
     packed: bool = True
     in_order: bool = True
     stats_interval_s: float = 5
+    windows: tuple[GuestRange, ...] = ()
 
 
 def offered_features(options: BalloonOptions) -> int:

@@ -29,13 +29,14 @@ class Role(Enum):
     STATISTICS = "statistics"
     FREE_PAGE_HINT = "free_page_hint"
     REPORTING = "reporting"
+    GUEST_REQUEST = "guest_request"
 
 
 class DataPlane(IntFlag):
     """How the native data plane treats pages; same bits as VHD_BALLOON_ in c_src/vhd_api.h."""
 
     MUST_TELL_HOST = 1
-    KEEP_REPORTED = 2
+    PAGE_POISON = 2
     INHIBIT = 4
 
 
@@ -53,6 +54,15 @@ class DeviceEvent(StrEnum):
     HINT_STARTED = "hint_started"
     HINT_FINISHED = "hint_finished"
     HINT_FOREIGN_COMMAND = "hint_foreign_command"
+    MEM_REQUESTED = "mem_requested"
+    MEM_PLUGGED = "mem_plugged"
+    MEM_UNPLUGGED_ALL = "mem_unplugged_all"
+    MEM_BUSY = "mem_busy"
+    MEM_REQUEST_REFUSED = "mem_request_refused"
+    MEM_VIOLATION = "mem_violation"
+    MEM_INHIBITED = "mem_discards_inhibited"
+    MEM_DISCARD_FAILED = "mem_discard_failed"
+    MEM_WINDOW_MISSING = "mem_window_missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,8 @@ class Chain:
         writable_count: device-writable descriptors.
         writable_size: bytes in all of them.
         writable_addr: guest-physical address of the first of them.
+        position: where it was in the ring; a chain that comes again because the ring stopped
+            before it was given back has the same, the next one another.
     """
 
     queue_index: int
@@ -76,6 +88,7 @@ class Chain:
     writable_count: int = 0
     writable_size: int = 0
     writable_addr: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +129,43 @@ class ResetDataPlane:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestRange:
+    """Bytes of guest memory."""
+
+    guest_addr: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Address of the first byte behind it."""
+        return self.guest_addr + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardMemory:
+    """Give a range of the device's own window back to the host; on_discarded() tells when.
+
+    May be done in several parts, each told by itself.
+    """
+
+    range: GuestRange
+
+
+@dataclass(frozen=True, slots=True)
+class PopulateMemory:
+    """Allocate host memory for a range of the device's own window; on_populated() tells when."""
+
+    range: GuestRange
+
+
+@dataclass(frozen=True, slots=True)
+class StopVm:
+    """Have the VMM pause the VM; `why` is for the log."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """A line for the log. Guests can cause it: the shell limits its rate."""
 
@@ -132,7 +182,16 @@ class Event:
 
 
 Effect: TypeAlias = (
-    Complete | PublishConfig | NotifyConfig | ConfigureDataPlane | ResetDataPlane | Log | Event
+    Complete
+    | PublishConfig
+    | NotifyConfig
+    | ConfigureDataPlane
+    | ResetDataPlane
+    | DiscardMemory
+    | PopulateMemory
+    | StopVm
+    | Log
+    | Event
 )
 Effects: TypeAlias = Sequence[Effect]
 """To be performed in this order."""
@@ -176,6 +235,9 @@ class Device(Protocol):
     def roles(self, features: int, started: Collection[int]) -> Mapping[int, Role]:
         """What each started queue is for; an index that isn't clear yet is left out."""
 
+    def on_memory(self, regions: Sequence[GuestRange]) -> Effects:
+        """The VMM's memory table became known, or changed."""
+
     def on_features(self, features: int) -> Effects:
         """The driver's features became known, or known anew."""
 
@@ -201,6 +263,9 @@ class Device(Protocol):
     def on_timer(self) -> Effects:
         """timer_interval_s went by."""
 
+    def on_disconnected(self) -> None:
+        """The VMM is gone, and its guest with it; no effect can be performed any more."""
+
     def save(self) -> JsonObject:
         """What a successor process needs, as plain data."""
 
@@ -211,9 +276,10 @@ class Device(Protocol):
             ValueError: `saved` is not what save() returned; this object is unchanged.
         """
 
-    def status(self, counters: Mapping[str, int]) -> JsonObject:
+    def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """The device as vhostctl shows it.
 
         Args:
+            now_s: the wall clock, seconds since the epoch.
             counters: the native data plane's counters, named as in struct vhd_balloon_counters.
         """

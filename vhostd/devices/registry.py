@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from vhostd.devices import mem_request
 from vhostd.devices.balloon import BALLOON_DEVICE_ID, CONFIG, QUEUE_COUNT
+from vhostd.devices.mem_request import MEM_DEVICE_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,4 +34,11 @@ BALLOON: Final = DeviceKind(
     config_size=CONFIG.size,
     queue_size=128,
 )
-KINDS: Final = {kind.name: kind for kind in (BALLOON,)}
+MEM: Final = DeviceKind(
+    name="mem",
+    virtio_id=MEM_DEVICE_ID,
+    queue_count=mem_request.QUEUE_COUNT,
+    config_size=mem_request.CONFIG.size,
+    queue_size=128,
+)
+KINDS: Final = {kind.name: kind for kind in (BALLOON, MEM)}

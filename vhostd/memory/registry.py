@@ -57,6 +57,11 @@ class HeldRegion:
         self.device, self.inode = file.identity
         file.users += 1
 
+    def share(self) -> HeldRegion:
+        """Hold the same region once more, for work that must not lose it meanwhile."""
+        assert self._file is not None, "a released region"
+        return HeldRegion(self._registry, self._file, self.region)
+
     def release(self) -> None:
         """Let go; the last holder of a file unmaps it. A second call does nothing.
 

@@ -140,3 +140,25 @@ PER_QUEUE: Final = (
     Metric("queue_rejected_total", "counter", "Chains refused and given back unused.",
            ("rejected",)),
 )  # fmt: skip
+
+# Of each entry of status["mem"]; labels vm, device (its id).
+PER_MEM: Final = (
+    Metric("mem_size_bytes", "gauge", "The most the device can add.", ("size",)),
+    Metric("mem_requested_bytes", "gauge", "Memory the guest is asked to use.", ("requested",)),
+    Metric("mem_plugged_bytes", "gauge", "Memory the guest may use.", ("plugged",)),
+    Metric("mem_usable_bytes", "gauge", "Part of the window in which it may plug.", ("usable",)),
+    Metric("mem_violations_total", "counter", "Unplugged blocks found to hold memory.",
+           ("violations",)),
+    Metric("mem_violating_bytes", "gauge", "Memory in unplugged blocks at the latest look.",
+           ("violating_size",)),
+    Metric("mem_discarding_bytes", "gauge", "Unplugged memory the host is still taking back.",
+           ("discarding",)),
+    Metric("mem_discard_errors_total", "counter", "Ranges the host failed to take back.",
+           ("discard_errors",)),
+    Metric("mem_answers_ack_total", "counter", "Requests carried out.", ("answers", "ack")),
+    Metric("mem_answers_nack_total", "counter", "PLUG requests beyond the requested size.",
+           ("answers", "nack")),
+    Metric("mem_answers_busy_total", "counter", "Requests put off.", ("answers", "busy")),
+    Metric("mem_answers_error_total", "counter", "Requests against the rules.",
+           ("answers", "error")),
+)  # fmt: skip

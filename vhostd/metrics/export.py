@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from vhostd import __version__
-from vhostd.metrics.catalog import PER_QUEUE, PER_VM, STATES, Metric
+from vhostd.metrics.catalog import PER_MEM, PER_QUEUE, PER_VM, STATES, Metric
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -59,6 +59,8 @@ class _Snapshot(Collector):
         yield faults
         for metric in PER_VM:
             yield self._per_vm(metric)
+        for metric in PER_MEM:
+            yield self._per_mem(metric)
         for metric in PER_QUEUE:
             yield self._per_queue(metric)
 
@@ -70,16 +72,29 @@ class _Snapshot(Collector):
                 family.add_metric((status["vm"],), value)
         return family
 
+    def _per_mem(self, metric: Metric) -> MetricFamily:
+        family = _family(metric, ("vm", "device"))
+        for status in self._statuses:
+            for mem in status["mem"]:
+                value = _find(mem, metric.path)
+                if value is not None:
+                    family.add_metric((status["vm"], mem["id"]), value)
+        return family
+
     def _per_queue(self, metric: Metric) -> MetricFamily:
         family = _family(metric, _QUEUE_LABELS)
         for status in self._statuses:
-            for device, content in status.items():
-                queues = content.get("queues", {}) if isinstance(content, dict) else {}
-                for queue, counters in queues.items():
+            for device, content in _devices(status).items():
+                for queue, counters in content.get("queues", {}).items():
                     value = _find(counters, metric.path)
                     if value is not None:
                         family.add_metric((status["vm"], device, queue), value)
         return family
+
+
+def _devices(status: Status) -> dict[str, Status]:
+    balloon = {"balloon": status["balloon"]} if "balloon" in status else {}
+    return {**balloon, **{mem["id"]: mem for mem in status["mem"]}}
 
 
 def _family(metric: Metric, labels: Sequence[str]) -> CounterMetricFamily | GaugeMetricFamily:

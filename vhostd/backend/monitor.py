@@ -1,0 +1,152 @@
+"""The VMM's QMP monitor, as far as guest memory needs it: resets, pinned memory, stop.
+
+Knows a few commands and events of QEMU. Must not know devices: it calls its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import trio
+
+from vhostd.backend.journal import Journal
+from vhostd.log import LogEvent
+from vhostd.qmp import EventSubscription, QmpClient, QmpClosed, QmpError, open_qmp
+
+RETRY_S: Final = 0.5
+"""Between attempts while a VMM is being served: nothing announces that its monitor listens."""
+
+LOOK_AGAIN_S: Final = 5.0
+"""QEMU has an event for devices that go, and none for those that come."""
+
+PINNING_TYPES: Final = ("child<vfio-", "child<vhost-vdpa", "child<x-vfio-user")
+"""QOM types whose devices pin guest memory for DMA."""
+
+_PERIPHERALS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+_STOP_EVENTS: Final = ("RESET", "DEVICE_DELETED")
+
+
+class MonitorOwner(Protocol):
+    """Who hears what the monitor says."""
+
+    @property
+    def vmm_present(self) -> bool:
+        """A VMM is connected to one of the devices."""
+
+    def on_system_reset(self) -> None:
+        """The machine was reset, by its guest or by its operator."""
+
+    def on_pinned(self, devices: Sequence[str]) -> None:
+        """These devices pin guest memory; none: nothing does."""
+
+    def on_encrypted(self, technology: str) -> None:
+        """The guest's memory is encrypted; the argument names the QEMU object."""
+
+
+class Monitor:
+    """One VM's monitor; run() keeps it connected while a VMM is there.
+
+    Attributes:
+        connected: to the VMM's QMP socket.
+    """
+
+    def __init__(self, path: Path, owner: MonitorOwner, journal: Journal) -> None:
+        self.connected = False
+        self._path = path
+        self._owner = owner
+        self._journal = journal
+        self._wanted = trio.Event()
+        self._stop: str | None = None
+        self._has_work = trio.Event()
+
+    def vmm_connected(self) -> None:
+        """A VMM is there: its monitor may be, too."""
+        self._wanted.set()
+
+    def stop_vm(self, why: str) -> None:
+        """Have the VM paused, now or as soon as the monitor is connected."""
+        self._stop = why
+        self._has_work.set()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            await self._wanted.wait()
+            if not self._owner.vmm_present:
+                self._wanted = trio.Event()
+                continue
+            try:
+                async with open_qmp(self._path) as client:
+                    await self._serve(client)
+            except (QmpClosed, QmpError) as error:
+                self._journal.guest_caused(
+                    "qmp", LogEvent.QMP_DISCONNECTED, path=str(self._path), error=str(error)
+                )
+            finally:
+                self.connected = False
+            await trio.sleep(RETRY_S)
+
+    async def _serve(self, client: QmpClient) -> None:
+        self.connected = True
+        self._journal.log.info(LogEvent.QMP_CONNECTED, path=str(self._path), qemu=client.version)
+        with client.events(*_STOP_EVENTS) as events:
+            await self._look_at_machine(client)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hear, events)
+                nursery.start_soon(self._look_again, client)
+                nursery.start_soon(self._work, client)
+                await client.wait_closed()
+                nursery.cancel_scope.cancel()
+        raise QmpClosed(client.end_reason or "closed")
+
+    async def _hear(self, events: EventSubscription) -> None:
+        async for event in events:
+            if event.name == "RESET":
+                self._owner.on_system_reset()
+
+    async def _work(self, client: QmpClient) -> None:
+        while True:
+            await self._has_work.wait()
+            self._has_work = trio.Event()
+            why, self._stop = self._stop, None
+            if why is None:
+                continue
+            try:
+                await client.execute("stop")
+            except QmpClosed:
+                return
+            self._journal.log.warning(LogEvent.VM_STOPPED, why=why)
+            self._journal.publish(LogEvent.VM_STOPPED, {"why": why})
+
+    # -- what kind of machine it is ------------------------------------------------------------
+
+    async def _look_again(self, client: QmpClient) -> None:
+        while True:
+            await trio.sleep(LOOK_AGAIN_S)
+            try:
+                await self._look_for_pinning(client)
+            except QmpClosed:
+                return
+
+    async def _look_at_machine(self, client: QmpClient) -> None:
+        await self._look_for_pinning(client)
+        try:
+            guard = await client.execute(
+                "qom-get", path="/machine", property="confidential-guest-support"
+            )
+        except QmpError:
+            return  # a machine that can't be encrypted has no such property
+        if guard:
+            self._owner.on_encrypted(str(guard))
+
+    async def _look_for_pinning(self, client: QmpClient) -> None:
+        pinning: list[str] = []
+        for container in _PERIPHERALS:
+            pinning += [
+                f"{child['name']} ({child['type'].removeprefix('child<').removesuffix('>')})"
+                for child in await client.execute("qom-list", path=container)
+                if child["type"].startswith(PINNING_TYPES)
+            ]
+        self._owner.on_pinned(pinning)

@@ -1,0 +1,95 @@
+"""What a virtio-mem driver is told: answers, their replay, and how one that spins is slowed down.
+
+Knows how Linux reacts to each answer (drivers/virtio/virtio_mem.c). Must not know blocks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final, TypeAlias
+
+from vhostd.devices.base import Chain, Complete, Effect, NotifyConfig
+from vhostd.devices.mem_request import Answer, BlockState, Request, response
+
+NACKS_IN_A_ROW_MAX: Final = 3
+"""Linux repeats a PLUG that got NACK at once and for ever; after this many it gets BUSY, which
+makes it wait for a config interrupt or a minute."""
+
+BEAT_S: Final = 4.0
+BUSY_PAUSE_MAX_BEATS: Final = 16
+"""A guest that was told BUSY is told to try again after 1 beat, doubling up to this."""
+
+Executed: TypeAlias = tuple[int, bytes, bytes]
+"""Position in the ring, request and answer of the request carried out last."""
+
+
+class Answers:
+    """Answers given to one driver.
+
+    Attributes:
+        last: the last request and its answer. Until the answer is out the ring may stop, and the
+            same chain come again; a PLUG carried out twice would be an ERROR, and end the driver.
+        counts: how often each answer was given.
+        pausing: a guest that was told BUSY waits.
+    """
+
+    def __init__(self) -> None:
+        self.last: Executed | None = None
+        self.counts: Counter[Answer] = Counter()
+        self._nacks_in_a_row = 0
+        self._pause_beats = 0
+        self._beats_left = 0
+
+    @property
+    def pausing(self) -> bool:
+        return self._pause_beats != 0
+
+    def replay(self, chain: Chain) -> list[Effect] | None:
+        """The answer to a chain that was carried out before its ring stopped; None for others."""
+        if self.last is None or self.last[:2] != (chain.position, _request_of(chain)):
+            return None
+        return [Complete(chain.queue_index, chain.token, self.last[2])]
+
+    def give(
+        self, chain: Chain, answer: Answer, state: BlockState = BlockState.PLUGGED
+    ) -> list[Effect]:
+        """Answer a request that was carried out, or refused."""
+        data = response(answer, state)
+        self.counts[answer] += 1
+        self.last = (chain.position, _request_of(chain), data)
+        return [Complete(chain.queue_index, chain.token, data)]
+
+    def too_much(self, chain: Chain) -> list[Effect]:
+        """Answer a PLUG beyond the requested size."""
+        self._nacks_in_a_row += 1
+        if self._nacks_in_a_row > NACKS_IN_A_ROW_MAX:
+            return self.busy(chain)
+        # It may not know yet how much is requested now.
+        return [NotifyConfig(), *self.give(chain, Answer.NACK)]
+
+    def busy(self, chain: Chain) -> list[Effect]:
+        """Have the guest wait; on_beat() tells it when to try again."""
+        self._pause_beats = min(max(2 * self._pause_beats, 1), BUSY_PAUSE_MAX_BEATS)
+        self._beats_left = self._pause_beats
+        return self.give(chain, Answer.BUSY)
+
+    def on_beat(self) -> list[Effect]:
+        """BEAT_S went by. A guest told BUSY would wait 50 to 300 s by itself."""
+        if self._beats_left == 0:
+            return []
+        self._beats_left -= 1
+        return [NotifyConfig()] if self._beats_left == 0 else []
+
+    def progress(self) -> None:
+        """A PLUG was possible, or more is requested: patience starts anew."""
+        self._nacks_in_a_row = 0
+        self._pause_beats = self._beats_left = 0
+
+    def forget(self) -> None:
+        """A new driver: nothing of the old one comes again."""
+        self.last = None
+        self.progress()
+
+
+def _request_of(chain: Chain) -> bytes:
+    return chain.data[: Request.SIZE]

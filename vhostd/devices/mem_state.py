@@ -1,0 +1,58 @@
+"""What of a virtio-mem device outlives its process, as plain data. Knows shapes and limits only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from vhostd.devices.base import JsonObject
+from vhostd.devices.mem_blocks import BlockSet, Run
+from vhostd.devices.mem_window import MemOptions
+
+
+class MemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a successor process needs; runs are [first block, blocks], sizes bytes."""
+
+    size: int
+    block_size: int
+    requested_size: int
+    usable_size: int
+    plugged: list[Run]
+    awaiting_discard: list[Run]
+    last_position: int
+    last_request: bytes
+    last_answer: bytes
+    violations: int
+
+
+def decode(saved: JsonObject, options: MemOptions) -> MemState:
+    """Check saved state against the device it is for.
+
+    Raises:
+        ValueError: it is none, or of another window.
+    """
+    try:
+        state = msgspec.convert(saved, MemState)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"not a virtio-mem device's saved state: {error}") from error
+    if (state.size, state.block_size) != (options.size, options.block_size):
+        raise ValueError("the saved state is of a window of another size or block size")
+    sizes = (state.requested_size, state.usable_size)
+    if any(size % state.block_size or not 0 <= size <= state.size for size in sizes):
+        raise ValueError("a saved size is no multiple of the block size, or too large")
+    return state
+
+
+def decode_runs(runs: Sequence[Run], block_count: int) -> BlockSet:
+    """The set that was saved as runs.
+
+    Raises:
+        ValueError: some lie outside the window.
+    """
+    result = BlockSet(block_count)
+    for first, count in runs:
+        if first < 0 or count < 1 or first + count > block_count:
+            raise ValueError("saved blocks lie outside the window")
+        result.add(first, count)
+    return result
