@@ -294,6 +294,7 @@ async def boot(
     append: str = "",
     *,
     max_memory: str | None = None,
+    nodes: int = 1,
     modprobe: Sequence[str] = ("virtio_balloon",),
     timeout_s: float = BOOT_TIMEOUT_S,
     acceleration: Acceleration | None = None,
@@ -301,11 +302,12 @@ async def boot(
     """A running guest, its agent answering and the `modprobe` modules loaded.
 
     `devices` are further QEMU options; `append` goes to the kernel's command line; `max_memory`
-    ("16G") opens a hot-plug range for window_device(). Raises GuestBootError if it does not come
+    ("16G") opens a hot-plug range for window_device(); `nodes` is how many NUMA nodes the guest
+    has. Raises GuestBootError if it does not come
     up within `timeout_s`, and QemuDied at the end if QEMU ended by itself meanwhile.
     """
     chosen = acceleration or await choose(stack, partial(_boots, stack))
-    machine = Machine(stack.kernel(kernel), memory, max_memory, smp, append, tuple(devices))
+    machine = Machine(stack.kernel(kernel), memory, max_memory, smp, append, tuple(devices), nodes)
     folder = Path(tempfile.mkdtemp(prefix="vhostd-vm-"))
     try:
         command = [*stack.qemu.command, *chosen.options, *machine.options(folder)]

@@ -13,6 +13,8 @@
  *   guesttool scatter MIB            touch every page, give back every second one, print
  *                                    "scattered N pages", wait for a line: free memory in single
  *                                    pages, too small for free page reporting
+ *   guesttool poke ADDR MIB          write to every page at this physical address through /dev/mem,
+ *                                    print "poked N pages", exit: what a cheating guest would do
  *
  * Exit status: 0 all well, 1 memory did not hold what was written, 2 wrong use, 3 no memory.
  */
@@ -196,6 +198,27 @@ static int cycle(struct region *region, uint64_t seed)
     return 0;
 }
 
+static int poke(off_t addr, size_t mib)
+{
+    size_t size = mib << 20;
+    int fd = open("/dev/mem", O_RDWR);
+    volatile char *at;
+
+    if (fd < 0) {
+        printf("/dev/mem: %s\n", strerror(errno));
+        return 3;
+    }
+    at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, addr);
+    if (at == MAP_FAILED) {
+        printf("/dev/mem at %#llx: %s\n", (unsigned long long)addr, strerror(errno));
+        return 3;
+    }
+    for (size_t i = 0; i < size; i += PAGE)
+        at[i] = 1;
+    printf("poked %zu pages\n", size / PAGE);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *verb = argc > 2 ? argv[1] : "";
@@ -223,6 +246,8 @@ int main(int argc, char **argv)
             (void)getchar();
         return 0;
     }
+    if (strcmp(verb, "poke") == 0 && argc == 4)
+        return poke((off_t)strtoull(argv[2], NULL, 0), strtoul(argv[3], NULL, 0));
     if (strcmp(verb, "scatter") == 0) {
         region = map_region(argv[2], NULL, 0);
         scatter(&region);

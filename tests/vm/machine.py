@@ -38,7 +38,10 @@ def window_device(size: int, address: int, index: int = 0) -> list[str]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What boot() was asked for. `memory` and `max_memory` are sizes as QEMU writes them."""
+    """What boot() was asked for. `memory` and `max_memory` are sizes as QEMU writes them.
+
+    All boot memory and all processors are in the first of several NUMA nodes.
+    """
 
     kernel: Kernel
     memory: str
@@ -46,15 +49,22 @@ class Machine:
     smp: int
     append: str
     devices: tuple[str, ...]
+    nodes: int = 1
 
     def options(self, folder: Path) -> list[str]:
         """QEMU's options, but for the chardevs `agent` and `qmp`; logs and sockets in `folder`."""
         memory = self.memory
         if self.max_memory is not None:
             memory += f",maxmem={self.max_memory},slots=8"
+        machine, numa = "q35,memory-backend=ram0", list[str]()
+        if self.nodes > 1:
+            machine, numa = "q35", ["-numa", "node,nodeid=0,cpus=0-1,memdev=ram0"]
+        for node in range(1, self.nodes):
+            numa += ["-numa", f"node,nodeid={node}"]
         return [
-            *("-machine", "q35,memory-backend=ram0", "-smp", str(self.smp), "-m", memory),
+            *("-machine", machine, "-smp", str(self.smp), "-m", memory),
             *("-object", f"memory-backend-memfd,id=ram0,size={self.memory},share=on"),
+            *numa,
             *("-nodefaults", "-no-user-config", "-display", "none"),
             *("-kernel", str(self.kernel.image), "-initrd", str(self.kernel.initramfs)),
             *("-append", f"{_APPEND} {self.append}".strip()),

@@ -117,12 +117,21 @@ class ControlClient:
             connection.request("GET", f"/v1/events?vm={quote(name, safe='')}")
             events = connection.getresponse()
             while True:
-                mems = self._request("GET", _vm_path(name, "mem"))
-                mem = next(mem for mem in mems if mem["id"] == device)
+                mem = self._mem(name, device)
                 yield mem
                 if mem["reached"] and not mem["discarding"]:
                     return
-                _next_event(connection, events, deadline, mem)
+                if not _wait_for_event(connection, events, deadline):
+                    mem = self._mem(name, device)
+                    raise ClientError(
+                        f"timed out: {device} is at {mem['plugged']} bytes of"
+                        f" {mem['requested']}: {mem['standing']}",
+                        ExitCode.TIMED_OUT,
+                    )
+
+    def _mem(self, name: str, device: str) -> JsonValue:
+        mems = self._request("GET", _vm_path(name, "mem"))
+        return next(mem for mem in mems if mem["id"] == device)
 
     def set_memory(self, name: str, size: int, wait_s: float | None = None) -> JsonValue:
         """Set the guest's usable memory in bytes; what was asked of whom comes back."""
@@ -174,26 +183,21 @@ class ControlClient:
             raise ClientError(text, ExitCode.UNREACHABLE) from error
 
 
-def _next_event(
-    connection: _UnixConnection, events: HTTPResponse, deadline: float, mem: JsonValue
-) -> None:
-    """Wait for an event of the stream, whatever it says."""
+def _wait_for_event(connection: _UnixConnection, events: HTTPResponse, deadline: float) -> bool:
+    """Wait for an event of the stream, whatever it says; False: the time is over."""
     line = b""
     while not line.startswith(b"data:"):
         left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        connection.sock.settimeout(min(left_s, SILENCE_MAX_S))
         try:
-            if left_s <= 0:
-                raise TimeoutError
-            connection.sock.settimeout(min(left_s, SILENCE_MAX_S))
             line = events.readline()
-        except TimeoutError as error:
-            raise ClientError(
-                f"timed out: {mem['id']} is at {mem['plugged']} bytes of {mem['requested']}:"
-                f" {mem['standing']}",
-                ExitCode.TIMED_OUT,
-            ) from error
+        except TimeoutError:
+            return False
         if not line:
             raise ClientError("the daemon ended while it was waited for", ExitCode.UNREACHABLE)
+    return True
 
 
 def _vm_path(name: str, *rest: str) -> str:

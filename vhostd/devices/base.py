@@ -56,6 +56,7 @@ class DeviceEvent(StrEnum):
     HINT_FOREIGN_COMMAND = "hint_foreign_command"
     MEM_REQUESTED = "mem_requested"
     MEM_PLUGGED = "mem_plugged"
+    MEM_DISCARDED = "mem_discarded"
     MEM_UNPLUGGED_ALL = "mem_unplugged_all"
     MEM_BUSY = "mem_busy"
     MEM_REQUEST_REFUSED = "mem_request_refused"

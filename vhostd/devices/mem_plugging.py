@@ -194,6 +194,8 @@ class Plugging:
         if error is not None:
             self.discard_errors += 1
             effects.append(Log(DeviceEvent.MEM_DISCARD_FAILED, {**self.told(), "error": error}))
+        if self.awaiting_discard.size == 0:
+            effects.append(Event(DeviceEvent.MEM_DISCARDED, self.told()))
         held = self._held
         if held is None or held.populating or self.awaiting_discard.has_any(*held.run):
             return effects
