@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,19 +17,41 @@ from vhostd.units import GiB, MiB
 from tests.daemon import ControlFailed, DaemonFailed, VhostdProcess
 from tests.demo.screen import Sample, Screen, Step
 from tests.vm.cache import StackError
-from tests.vm.guest import Guest, GuestBootError, GuestCommandError, QemuDied, balloon_device, boot
+from tests.vm.guest import (
+    Guest,
+    GuestBootError,
+    GuestCommandError,
+    QemuDied,
+    balloon_device,
+    boot,
+    memory_device,
+)
 from tests.vm.stack import ensure
 
 MEMORY_SIZE = GiB
+GROWN_SIZE = 3 * GiB
+TOUCHED_SIZE = 1536 * MiB
+WINDOW_ADDRESS = 4 * GiB
 BALLOON_SIZE = 256 * MiB
 SCATTERED_SIZE = 600 * MiB  # half of it is given back in single pages, for the balloon to take
 HELD_SIZE = 400 * MiB
 STEP_TIMEOUT_S = 40.0
+HOST_MEMORY = ("ram0", "mem0-window", "mem1-window")
 CONFIGURATION = """
 [vm.demo.balloon]
 socket = "demo-balloon.sock"
 stats_interval_s = 1
+""" + "".join(
+    f"""
+[[vm.demo.mem]]
+id = "mem{node}"
+socket = "demo-mem{node}.sock"
+window_address = {WINDOW_ADDRESS + node * GiB}
+size = "1GiB"
+node = {node}
 """
+    for node in range(2)
+)
 FAILURES = (
     StackError, GuestBootError, GuestCommandError, QemuDied, DaemonFailed, ControlFailed, OSError,
 )  # fmt: skip
@@ -45,14 +68,16 @@ class Demo:
     async def sample(self) -> Sample:
         """Look at the guest (its own /proc/meminfo), the daemon and the host at about one time."""
         meminfo = await self.guest.meminfo()
-        balloon = (await self.daemon.status("demo"))["balloon"]
+        status = await self.daemon.status("demo")
+        balloon = status["balloon"]
         sample = Sample(
             guest_total=meminfo["MemTotal"],
             guest_free=meminfo["MemFree"],
             balloon_target=balloon["target"],
             balloon_actual=balloon["actual"],
+            plugged=sum(mem["plugged"] for mem in status["mem"]),
             reported=balloon["reported"],
-            host=self.guest.host_memory(),
+            host=sum(map(self.guest.host_memory, HOST_MEMORY)),
         )
         self.screen.show(sample)
         return sample
@@ -75,6 +100,8 @@ class Demo:
         await scattered.write_line("done")
         await scattered.wait()
         await self.report()
+        await self.grow()
+        await self.shrink()
 
     async def inflate(self) -> None:
         """Take 256 MiB of the guest's scattered free pages."""
@@ -115,6 +142,51 @@ class Demo:
         step.host_got = f"{mib(got)} back ({mib(before.host)} → {mib(after.host)}), by reporting"
         self.end(step, got >= wanted)
 
+    async def grow(self) -> None:
+        """From 1 to 3 GiB: 1 GiB more in each of two NUMA nodes."""
+        step = self.begin("vhostctl memory set demo 3G")
+        before = await self.sample()
+        nodes = await self.node_sizes()
+        await self.daemon.ctl("memory", "set", "demo", "3G")
+        added = GROWN_SIZE - MEMORY_SIZE
+        # The guest describes added memory, 64 bytes a page, in RAM it has or in the added itself.
+        seen = added * 98 // 100
+        after = await self.until(
+            lambda now: now.plugged == added and now.guest_total - before.guest_total >= seen
+        )
+        grown = [now - nodes[node] for node, now in sorted((await self.node_sizes()).items())]
+        step.guest_saw = (
+            f"MemTotal {mib(before.guest_total)} → {mib(after.guest_total)},"
+            f" node 0 +{mib(grown[0])}, node 1 +{mib(grown[-1])}"
+        )
+        step.host_got = f"nothing asked: blocks take memory when touched ({mib(after.host)})"
+        self.end(step, len(grown) == 2 and sum(grown) >= seen and after.plugged == added)
+
+    async def shrink(self) -> None:
+        """Back to 1 GiB, after the added memory was used."""
+        step = self.begin("vhostctl memory set demo 1G")
+        held = await self.guest.start(f"guesttool hold {TOUCHED_SIZE // MiB}")
+        await held.read_line(timeout_s=60)
+        before = await self.sample()
+        await held.write_line("done")
+        await held.wait()
+        await self.daemon.ctl("memory", "set", "demo", "1G")
+        after = await self.until(lambda now: now.plugged == 0)
+        step.guest_saw = f"MemTotal {mib(before.guest_total)} → {mib(after.guest_total)}"
+        left = sum(map(self.guest.host_memory, HOST_MEMORY[1:]))
+        got = f"{mib(before.host - after.host)} back"
+        step.host_got = f"{got} ({mib(before.host)} → {mib(after.host)}), windows {mib(left)}"
+        self.end(step, after.plugged == 0 and left == 0)
+
+    async def node_sizes(self) -> Counter[int]:
+        """MemTotal of the guest's NUMA nodes, as its own node files have it; bytes.
+
+        Linux has no files of a node without memory and processors.
+        """
+        text = await self.guest.run("cat /sys/devices/system/node/node*/meminfo")
+        lines = [line.split() for line in text.splitlines() if " MemTotal:" in line]
+        return Counter({int(words[1]): int(words[3]) * 1024 for words in lines})
+
     def begin(self, asked: str) -> Step:
         """Put a step on the screen."""
         step = Step(asked)
@@ -149,9 +221,21 @@ async def demonstrate(screen: Screen) -> None:
     async with runtime_folder() as folder:
         screen.say("starting vhostd")
         async with VhostdProcess.start(folder, CONFIGURATION) as daemon:
-            screen.say("booting a Linux 6.12 guest with 1 GiB in QEMU, its balloon is vhostd")
-            devices = balloon_device(folder / "demo-balloon.sock")
-            async with boot(stack, kernel="6.12", memory="1G", devices=devices) as guest:
+            screen.say("booting a Linux 6.12 guest with 1 GiB in QEMU, its memory is vhostd's")
+            async with boot(
+                stack,
+                kernel="6.12",
+                memory="1G",
+                max_memory="4G",
+                nodes=2,
+                devices=[
+                    *balloon_device(folder / "demo-balloon.sock"),
+                    *memory_device(folder / "demo-mem0.sock", 0, GiB, WINDOW_ADDRESS),
+                    *memory_device(folder / "demo-mem1.sock", 1, GiB, WINDOW_ADDRESS + GiB),
+                ],
+                modprobe=("virtio_balloon", "virtio_mem"),
+                append="memhp_default_state=online_movable",
+            ) as guest:
                 await Demo(screen, daemon, guest).run()
             screen.say("guest ended")
 
@@ -183,7 +267,7 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 def main() -> int:
     """Exit code 0 when every step came out right, 1 when not, 130 when interrupted."""
-    screen = Screen(MEMORY_SIZE)
+    screen = Screen(GROWN_SIZE)
     screen.start()
     failures: list[BaseException] = []
     finished = False

@@ -27,6 +27,7 @@ class Sample:
     guest_free: int
     balloon_target: int
     balloon_actual: int
+    plugged: int
     reported: int
     host: int
 
@@ -78,8 +79,8 @@ class Screen:
         self._line(
             f"  guest total {sample.guest_total // MiB:5} free {sample.guest_free // MiB:5}"
             f" | balloon target {sample.balloon_target // MiB:4} actual"
-            f" {sample.balloon_actual // MiB:4} | reported {sample.reported // MiB:5}"
-            f" | host {sample.host // MiB:5} MiB"
+            f" {sample.balloon_actual // MiB:4} | plugged {sample.plugged // MiB:4}"
+            f" | reported {sample.reported // MiB:5} | host {sample.host // MiB:5} MiB"
         )
         self._refresh()
 
@@ -116,6 +117,7 @@ class Screen:
             ("guest MemFree", sample.guest_free, "cyan"),
             ("balloon target", sample.balloon_target, "magenta"),
             ("balloon actual", sample.balloon_actual, "magenta"),
+            ("plugged by virtio-mem", sample.plugged, "yellow"),
             ("host memory of the guest", sample.host, "green"),
         ):
             filled = min(BAR_COLUMNS, value * BAR_COLUMNS // self.memory_size)

@@ -22,17 +22,30 @@ def balloon_device(socket_path: str | Path, id: str = "balloon") -> list[str]:
     ]
 
 
-def window_device(size: int, address: int, index: int = 0) -> list[str]:
+def window_device(size: int, address: int, index: int = 0, name: str | None = None) -> list[str]:
     """QEMU options for a hidden memory window: `size` bytes at guest-physical `address`.
 
-    The memfd is called w0 for index 0. The guest never sees the device: it is function 1 of a slot
-    without a function 0. Needs `max_memory` in boot() and an address in its hot-plug range.
+    The memfd is called `name`, by default w0 for index 0. The guest never sees the device: it is
+    function 1 of a slot without a function 0. Needs `max_memory` in boot() and an address in its
+    hot-plug range.
     """
+    name = name or f"w{index}"
     return [
-        *("-object", f"memory-backend-memfd,id=w{index},size={size},share=on"),
+        *("-object", f"memory-backend-memfd,id={name},size={size},share=on"),
         "-device",
-        f"virtio-pmem-pci,memdev=w{index},memaddr={address:#x},addr={0x1E - index:x}.1,"
+        f"virtio-pmem-pci,memdev={name},memaddr={address:#x},addr={0x1E - index:x}.1,"
         f"id=window{index}",
+    ]
+
+
+def memory_device(socket_path: str | Path, index: int, size: int, address: int) -> list[str]:
+    """QEMU options for a vhost-user virtio-mem device and its window, called mem0-window."""
+    id = f"mem{index}"
+    return [
+        *window_device(size, address, index, f"{id}-window"),
+        *("-chardev", f"socket,id={id},path={socket_path}"),
+        "-device",
+        f"vhost-user-test-device-pci,chardev={id},virtio-id=24,num_vqs=1,config_size=56,vq_size=128",
     ]
 
 
