@@ -89,6 +89,9 @@ class Owner:
     def on_encrypted(self, technology: str) -> None:
         self.send.send_nowait(technology)
 
+    def on_unreachable(self) -> None:
+        self.send.send_nowait("unreachable")
+
     async def next(self) -> object:
         """The next thing heard."""
         with trio.fail_after(10):
@@ -152,4 +155,5 @@ async def test_a_monitor_that_goes_away_is_found_again(tmp_path: Path) -> None:
         await vmm.ready.wait()
         await vmm.hang_up()
         vmm.devices = {"gpu0": "vfio-pci"}
+        assert await owner.next() == "unreachable"
         assert await owner.next() == ["gpu0 (vfio-pci)"]

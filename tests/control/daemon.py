@@ -26,6 +26,7 @@ from vhostd.devices.base import (
     Effects,
     Event,
     GuestRange,
+    MemorySlot,
     Refused,
     Role,
 )
@@ -59,7 +60,7 @@ class BalloonVm:
         if running:
             self.balloon.set_guest_memory(GiB)
             self.balloon.on_started()
-            self.mem.on_memory([GuestRange(0, GiB), GuestRange(9 * GiB, 4 * GiB)])
+            self.mem.on_memory([MemorySlot(0, GiB), MemorySlot(9 * GiB, 4 * GiB)])
             self.mem.on_discarded(GuestRange(9 * GiB, 4 * GiB), None)
             self.mem.on_started()
             self.send_statistics()

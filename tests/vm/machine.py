@@ -45,7 +45,8 @@ def memory_device(socket_path: str | Path, index: int, size: int, address: int) 
         *window_device(size, address, index, f"{id}-window"),
         *("-chardev", f"socket,id={id},path={socket_path}"),
         "-device",
-        f"vhost-user-test-device-pci,chardev={id},virtio-id=24,num_vqs=1,config_size=56,vq_size=128",
+        f"vhost-user-test-device-pci,chardev={id},virtio-id=24,num_vqs=1,config_size=56"
+        ",vq_size=128",
     ]
 
 

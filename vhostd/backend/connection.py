@@ -21,7 +21,7 @@ from vhostd.backend.performer import ActionPerformer
 from vhostd.backend.rings import CONTROL_HANDLERS, HANDLER_OF, Rings
 from vhostd.backend.window import NoHostWork, Window
 from vhostd.backend.worker import VmWorker
-from vhostd.devices.base import Chain, Device, GuestRange, Role
+from vhostd.devices.base import Chain, Device, MemorySlot, Role
 from vhostd.devices.mem import Mem
 from vhostd.errors import FrontendError, GuestError, HostError
 from vhostd.log import LogEvent
@@ -121,9 +121,9 @@ class DeviceConnection:
         }
 
     @property
-    def memory_ranges(self) -> Sequence[GuestRange]:
+    def memory_slots(self) -> Sequence[MemorySlot]:
         """Where the VMM's memory is."""
-        return self._memory.ranges
+        return self._memory.slots
 
     def balloon_counters(self) -> dict[str, int]:
         """Counters of the native data plane, named as in struct vhd_balloon_counters."""

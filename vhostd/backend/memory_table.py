@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from vhostd import _native
-from vhostd.devices.base import GuestRange
+from vhostd.devices.base import GuestRange, MemorySlot
 from vhostd.errors import FrontendError, HostError
 from vhostd.memory.registry import HeldRegion, MemoryRegistry, RegionRequest
 from vhostd.protocol.wire import MemoryRegion
@@ -38,9 +38,12 @@ class DeviceMemory:
         self._slots: dict[MemoryRegion, HeldRegion] = {}
 
     @property
-    def ranges(self) -> list[GuestRange]:
+    def slots(self) -> list[MemorySlot]:
         """Where guest memory is."""
-        return [GuestRange(region.guest_addr, region.size) for region in self._slots]
+        return [
+            MemorySlot(region.guest_addr, region.size, held.region.mapping.page_size)
+            for region, held in self._slots.items()
+        ]
 
     def hold(self, part: GuestRange) -> tuple[HeldRegion, int] | None:
         """Hold the region in which a range lies; None if it lies in none.

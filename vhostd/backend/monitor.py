@@ -41,6 +41,9 @@ class MonitorOwner(Protocol):
     def on_pinned(self, devices: Sequence[str]) -> None:
         """These devices pin guest memory; none: nothing does."""
 
+    def on_unreachable(self) -> None:
+        """Nobody could be asked."""
+
     def on_encrypted(self, technology: str) -> None:
         """The guest's memory is encrypted; the argument names the QEMU object."""
 
@@ -84,6 +87,7 @@ class Monitor:
                 self._journal.guest_caused(
                     "qmp", LogEvent.QMP_DISCONNECTED, path=str(self._path), error=str(error)
                 )
+                self._owner.on_unreachable()
             finally:
                 self.connected = False
             await trio.sleep(RETRY_S)

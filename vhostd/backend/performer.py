@@ -97,7 +97,7 @@ class ActionPerformer:
 
     async def _set_regions(self, action: actions.SetRegions) -> Outcome:
         identities = await self._memory.replace(action.regions)
-        self._effects.perform(self._device.on_memory(self._memory.ranges))
+        self._effects.perform(self._device.on_memory(self._memory.slots))
         return identities
 
     async def _set_log(self, action: actions.SetLog) -> None:

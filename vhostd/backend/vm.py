@@ -103,6 +103,7 @@ class Vm:
             for (name, device), source in zip(devices.items(), sources, strict=True)
         }
         self._tell_hotplug_size()
+        self._await_machine(self._monitor is not None)
 
     async def run(self) -> None:
         """Serve VMMs until cancelled, or until all connections we were handed have ended."""
@@ -130,6 +131,15 @@ class Vm:
         """Give no memory back while these devices pin it; none: nothing does."""
         why = f"guest memory is pinned by {', '.join(devices)}" if devices else None
         self._inhibit(why)
+        self._await_machine(False)
+
+    def on_unreachable(self) -> None:
+        """The monitor can't tell whether memory is pinned: what the operator configured is done."""
+        self._await_machine(False)
+
+    def _await_machine(self, awaited: bool) -> None:
+        for name, mem in self.mems.items():
+            self._seats[name].perform(mem.await_machine(awaited))
 
     def on_encrypted(self, technology: str) -> None:
         """Change nothing about memory that the host can't take back."""
@@ -244,7 +254,7 @@ class Vm:
 
     def _boot_memory_size(self) -> int:
         sizes = [
-            boot_memory_size(seat.connection.memory_ranges, self._windows)
+            boot_memory_size(seat.connection.memory_slots, self._windows)
             for seat in self._seats.values()
             if seat.connection is not None
         ]

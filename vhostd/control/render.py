@@ -75,6 +75,7 @@ def show_vm(vm: Object) -> None:
             ("inflated", _size(balloon["inflated"])),
             ("reported free", f"{_size(balloon['reported'])} ever"),
             ("discarded", f"{_size(balloon['discarded'])} ever"),
+            *([("discards", f"inhibited: {balloon['inhibited']}")] if balloon["inhibited"] else []),
             ("features", ", ".join(balloon["features"]) or "none negotiated"),
         ]
     for mem in vm["mem"]:

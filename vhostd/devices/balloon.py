@@ -31,9 +31,9 @@ from vhostd.devices.base import (
     Effect,
     Effects,
     Event,
-    GuestRange,
     JsonObject,
     Log,
+    MemorySlot,
     NotifyConfig,
     PublishConfig,
     Refused,
@@ -205,7 +205,7 @@ class Balloon:
 
     # -- what the VMM does ---------------------------------------------------------------------
 
-    def on_memory(self, regions: Sequence[GuestRange]) -> Effects:
+    def on_memory(self, regions: Sequence[MemorySlot]) -> Effects:
         self._boot_memory_size = boot_memory_size(regions, self.options.windows)
         return self._guest_memory_changed()
 

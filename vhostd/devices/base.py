@@ -12,6 +12,7 @@ from enum import Enum, IntFlag, StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from vhostd.errors import VhostdError
+from vhostd.units import BALLOON_PAGE_SIZE
 
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object; what it may hold is said where it is made."""
@@ -143,6 +144,13 @@ class GuestRange:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorySlot(GuestRange):
+    """A region of the VMM's memory table; page_size: of its file's pages on the host, bytes."""
+
+    page_size: int = BALLOON_PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
 class DiscardMemory:
     """Give a range of the device's own window back to the host; on_discarded() tells when.
 
@@ -236,7 +244,7 @@ class Device(Protocol):
     def roles(self, features: int, started: Collection[int]) -> Mapping[int, Role]:
         """What each started queue is for; an index that isn't clear yet is left out."""
 
-    def on_memory(self, regions: Sequence[GuestRange]) -> Effects:
+    def on_memory(self, regions: Sequence[MemorySlot]) -> Effects:
         """The VMM's memory table became known, or changed."""
 
     def on_features(self, features: int) -> Effects:

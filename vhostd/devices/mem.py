@@ -18,6 +18,7 @@ from vhostd.devices.base import (
     Event,
     GuestRange,
     JsonObject,
+    MemorySlot,
     NotifyConfig,
     Refused,
     Role,
@@ -163,32 +164,34 @@ class Mem:
         if why is not None:
             return [told]
         # Who was told BUSY may try again.
-        return [told, *self._blocks.discard_all_unplugged(), NotifyConfig()]
+        return [told, *self._blocks.sweep(), NotifyConfig()]
 
     # -- what the VMM does ---------------------------------------------------------------------
 
-    def on_memory(self, regions: Sequence[GuestRange]) -> Effects:
+    def on_memory(self, regions: Sequence[MemorySlot]) -> Effects:
         """Look for the window in the memory table; a new one is emptied first.
 
         A memory backend that was told to populate itself is full, and the guest may use only what
         is plugged.
         """
-        window = self.options.window
-        present = any(
-            region.guest_addr <= window.guest_addr and window.end <= region.end
-            for region in regions
-        )
-        blocks = self._blocks
+        blocks, window = self._blocks, self.options.window
         others_size = sum(region.size for region in regions) - window.size
         blocks.large_guest = others_size >= LARGE_GUEST_SIZE
-        appeared, blocks.window_present = present and not blocks.window_present, present
+        missing_before, blocks.missing_window = blocks.missing_window, self.options.missing(regions)
+        appeared = missing_before is not None and blocks.missing_window is None
         effects: list[Effect] = []
         if blocks.wanted_usable_size > blocks.usable_size:
             blocks.usable_size = blocks.wanted_usable_size
             effects += [blocks.publish_sizes(), NotifyConfig()]
         if appeared:
-            effects += [*blocks.discard_all_unplugged(), NotifyConfig()]
+            # Who was told BUSY for want of a window may try again.
+            effects += [*blocks.sweep(), NotifyConfig()]
         return effects
+
+    def await_machine(self, awaited: bool) -> Effects:
+        """While awaited, leave a new window as it is: its memory may be pinned, or may not."""
+        was_held, self._blocks.sweep_held = self._blocks.sweep_held, awaited
+        return self._blocks.sweep() if was_held and not awaited else []
 
     def on_system_reset(self) -> Effects:
         """The VMM says the machine was reset: nothing of the window is in use any more.
@@ -217,7 +220,7 @@ class Mem:
 
     def on_started(self) -> Effects:
         self.started = True
-        return [] if self._blocks.window_present else [self._blocks.tell_no_window()]
+        return [] if self._blocks.missing_window is None else [self._blocks.tell_no_window()]
 
     def on_stopped(self) -> Effects:
         self.started = False
@@ -319,7 +322,7 @@ class Mem:
             "violating_blocks": [list(run) for run in offending[:RUNS_TOLD_MAX]],
             "on_violation": options.on_violation.value,
             "address": options.address,
-            "window": blocks.window_present,
+            "window": blocks.missing_window is None,
             "reached": self.requested_size == self.plugged_size,
             "standing": standing(self._progress(), now_s),
             "inhibited": self.inhibited,
@@ -334,7 +337,7 @@ class Mem:
             requested_size=self.requested_size,
             plugged_size=self.plugged_size,
             started=self.started,
-            missing_window=None if self._blocks.window_present else self.options.missing(),
+            missing_window=self._blocks.missing_window,
             inhibited=self.inhibited,
             busy=self._blocks.answers.pausing,
             last_request_s=self._last_request_s,

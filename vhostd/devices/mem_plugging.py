@@ -52,7 +52,8 @@ class Plugging:
         requested_size: bytes the guest is asked to use.
         usable_size: bytes from the window's start in which it may plug.
         inhibited: why no memory is given back now, or None.
-        window_present: the VMM's memory table has the window.
+        missing_window: why there is no window to plug in, or None.
+        sweep_held: a new window may not be emptied yet.
         large_guest: see MemOptions.usable_size().
         answers: what the driver was told.
         watch: memory found in unplugged blocks.
@@ -63,7 +64,8 @@ class Plugging:
         self.options = options
         self.requested_size = options.requested_size
         self.inhibited: str | None = None
-        self.window_present = False
+        self.missing_window: str | None = options.missing(())
+        self.sweep_held = False
         self.large_guest = False
         self.usable_size = self.wanted_usable_size
         self.answers = Answers()
@@ -98,7 +100,7 @@ class Plugging:
         """The VMM is gone, and the window with it."""
         self.forget_chains()
         self.inhibited = None
-        self.window_present = False
+        self.missing_window = self.options.missing(())
         self.answers.forget()
         self.plugged.clear()
         self.awaiting_discard.clear()
@@ -138,7 +140,7 @@ class Plugging:
             return self.answers.too_much(chain)
         if self.plugged.has_any(*run):
             return self._refuse(chain, request, "plugged already")
-        if not self.window_present:
+        if self.missing_window is not None:
             return [self.tell_no_window(), *self.answers.busy(chain)]
         if self.awaiting_discard.has_any(*run):
             self._held = _Held(chain, run, populating=False)
@@ -153,7 +155,13 @@ class Plugging:
         self.plugged.add(*run)
         self.watch.changed(*run)
         self.answers.progress()
-        return [*self._plugged_changed(), *self.answers.give(chain, Answer.ACK)]
+        return self._done(chain, [])
+
+    def _done(self, chain: Chain, work: list[Effect]) -> list[Effect]:
+        """Acknowledge a change: the config bytes first, which the guest reads next; news last."""
+        acknowledged = self.answers.give(chain, Answer.ACK)
+        told = Event(DeviceEvent.MEM_PLUGGED, self.told())
+        return [self.publish_sizes(), *acknowledged, *work, told]
 
     def _unplug(self, chain: Chain, request: Request, run: Run) -> list[Effect]:
         if not self.plugged.has_all(*run):
@@ -162,8 +170,7 @@ class Plugging:
             return self.answers.busy(chain)
         self.plugged.remove(*run)
         # The guest goes on at once: whoever plugs these blocks again waits until they are empty.
-        effects = [*self._plugged_changed(), *self._discard(run)]
-        return [*effects, *self.answers.give(chain, Answer.ACK)]
+        return self._done(chain, self._discard(run))
 
     def _state(self, run: Run) -> BlockState:
         if self.plugged.has_all(*run):
@@ -231,7 +238,7 @@ class Plugging:
     def look_begins(self) -> list[GuestRange]:
         """Where no memory may be now; on_looked() or on_excess() must follow."""
         self.watch.look_begins()
-        if not self.window_present or self.inhibited is not None:
+        if self.missing_window is not None or self.inhibited is not None or self.sweep_held:
             return []
         return [self.options.range(run) for run in self._may_have_memory().runs(inside=False)]
 
@@ -266,7 +273,7 @@ class Plugging:
             return []
         effects = tell(violation, self.told(), self.options.on_violation)
         if self.options.on_violation is OnViolation.DISCARD:
-            effects += self.discard_all_unplugged()
+            effects += self.sweep()
         return effects
 
     # -- inside --------------------------------------------------------------------------------
@@ -281,15 +288,12 @@ class Plugging:
 
     def tell_no_window(self) -> Log:
         """The VMM has no window."""
-        fields = {**self.told(), "why": self.options.missing()}
+        fields = {**self.told(), "why": self.missing_window}
         return Log(DeviceEvent.MEM_WINDOW_MISSING, fields)
 
     def publish_sizes(self) -> PublishConfig:
         """The part of the config space that changes."""
         return PublishConfig(SIZES_OFFSET, SIZES.pack(*self.sizes))
-
-    def _plugged_changed(self) -> list[Effect]:
-        return [self.publish_sizes(), Event(DeviceEvent.MEM_PLUGGED, self.told())]
 
     def _exceeds_request(self, run: Run) -> bool:
         return self.plugged_size + run[1] * self.options.block_size > self.requested_size
@@ -302,15 +306,17 @@ class Plugging:
     def _discard(self, run: Run) -> list[Effect]:
         first, count = run
         self.watch.changed(first, count)
-        if self.inhibited is not None or not self.window_present:
+        if self.inhibited is not None or self.missing_window is not None:
             return []
         # Asked for twice, the second one might come after the guest has plugged and filled it.
         fresh = list(self.awaiting_discard.runs(inside=False, first=first, count=count))
         self.awaiting_discard.add(first, count)
         return [DiscardMemory(self.options.range(run)) for run in fresh]
 
-    def discard_all_unplugged(self) -> list[Effect]:
-        """Give back whatever lies in blocks that are not plugged."""
+    def sweep(self) -> list[Effect]:
+        """Give back whatever lies in blocks that are not plugged, if that is allowed now."""
+        if self.sweep_held:
+            return []
         return [
             effect for run in list(self.plugged.runs(inside=False)) for effect in self._discard(run)
         ]

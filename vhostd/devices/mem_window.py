@@ -5,10 +5,11 @@ Arithmetic only. Must not know which blocks are plugged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vhostd.devices.base import GuestRange
+from vhostd.devices.base import GuestRange, MemorySlot
 from vhostd.devices.mem_blocks import Run
 from vhostd.devices.mem_request import Request
 from vhostd.devices.mem_violations import OnViolation
@@ -84,8 +85,17 @@ class MemOptions:
         end = -(-(part.end - self.address) // self.block_size)
         return first, end - first
 
-    def missing(self) -> str:
-        """What to tell an operator whose VMM has no such window."""
+    def missing(self, regions: Sequence[MemorySlot]) -> str | None:
+        """What to tell an operator whose VMM has no window that can be used; None if it has."""
+        window = self.window
+        for region in regions:
+            if region.guest_addr <= window.guest_addr and window.end <= region.end:
+                if self.block_size % region.page_size == 0:
+                    return None
+                return (
+                    f"the window's pages of {format_size(region.page_size)} can't be given back in"
+                    f" blocks of {format_size(self.block_size)}: set block_size to that or more"
+                )
         return (
             f"the VMM has no shared memory of {format_size(self.size)} at {self.address:#x}:"
             " give it the options `vhostctl qemu-args` prints"
