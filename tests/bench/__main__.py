@@ -21,30 +21,55 @@ from pathlib import Path
 import trio
 from vhostd.units import GiB, MiB, format_size
 
-from tests.bench import guest_run, recording, replay, wakeup
+from tests.bench import guest_run, mem_look, mem_run, recording, replay, wakeup
 from tests.bench.figures import BenchFailed, Findings
 from tests.bench.native import build
 from tests.vm.cache import StackError
 from tests.vm.guest import GuestBootError, GuestCommandError, QemuDied
 
-PARTS = ("replay", "wakeup", "guest")
+PARTS = ("replay", "wakeup", "guest", "mem")
 MEMORY_NEEDED = 4 * GiB
+MEMORY_NEEDED_MEM = 8 * GiB  # two guests with all they were given, side by side
 FAILURES = (BenchFailed, StackError, GuestBootError, GuestCommandError, QemuDied, OSError)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How often each part is repeated, and how much a guest inflates."""
+    """How often each part is repeated, and how much a guest inflates.
+
+    resizes: of virtio-mem, each twice: with and without memory in what is unplugged; and once more.
+    """
 
     replays: int
     wakeups: int
     rounds: int
     guests: int
     guest_size: int
+    looks: int
+    resizes: int
+    resets: int
 
 
-FULL = Effort(replays=10, wakeups=20, rounds=2000, guests=3, guest_size=GiB)
-QUICK = Effort(replays=3, wakeups=5, rounds=1000, guests=1, guest_size=512 * MiB)
+FULL = Effort(
+    replays=10,
+    wakeups=20,
+    rounds=2000,
+    guests=3,
+    guest_size=GiB,
+    looks=20,
+    resizes=5,
+    resets=3,
+)
+QUICK = Effort(
+    replays=3,
+    wakeups=5,
+    rounds=1000,
+    guests=1,
+    guest_size=512 * MiB,
+    looks=5,
+    resizes=1,
+    resets=1,
+)
 
 
 def _host() -> dict[str, str | float]:
@@ -68,12 +93,12 @@ def _host() -> dict[str, str | float]:
     }
 
 
-def _check_memory() -> None:
+def _check_memory(needed: int) -> None:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-            if available < MEMORY_NEEDED:
-                has, wants = format_size(available), format_size(MEMORY_NEEDED)
+            if available < needed:
+                has, wants = format_size(available), format_size(needed)
                 raise BenchFailed(f"{has} of memory available, {wants} needed")
 
 
@@ -82,7 +107,7 @@ def _say(text: str) -> None:
 
 
 def _measure(parts: Sequence[str], effort: Effort, folder: Path, findings: Findings) -> None:
-    _check_memory()
+    _check_memory(MEMORY_NEEDED_MEM if "mem" in parts else MEMORY_NEEDED)
     programs = build(folder)
     if "replay" in parts:
         for name in reversed(recording.names()):
@@ -97,6 +122,13 @@ def _measure(parts: Sequence[str], effort: Effort, folder: Path, findings: Findi
         size = format_size(effort.guest_size)
         _say(f"real guests, {size} in and out, {effort.guests} of each device")
         trio.run(partial(guest_run.measure, effort.guests, effort.guest_size, folder, findings))
+    if "mem" in parts:
+        _say(f"looks for memory in unplugged blocks, {effort.looks} times at each window")
+        mem_look.measure(effort.looks, findings)
+        size = format_size(mem_run.SIZE)
+        times = f"{2 * effort.resizes + 1} times, reset {effort.resets}"
+        _say(f"real guests, {size} of virtio-mem in and out {times}")
+        trio.run(partial(mem_run.measure, effort.resizes, effort.resets, folder, findings))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

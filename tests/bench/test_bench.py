@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bench import recording
+from tests.bench import mem_look, recording
 from tests.bench.figures import Aim, BenchFailed, Spread, at_rank
+from tests.bench.mem_side import process_s
 from tests.bench.native import Echo, Pinger, Programs, Vmm, build
 from tests.fakes.eventfd import new_eventfd
 from tests.fakes.memory import BLOCK_SIZE, MIB, PAGE_SIZE, open_memfd
@@ -111,3 +113,23 @@ def test_figures_are_ratios_of_pairs_with_interpolated_ranks() -> None:
     assert Spread.of_ratios([6, 2, 12], [2, 1, 3]) == Spread(3, 2.2, 3.8, 3)
     assert Aim(3, at_least=True).met(Spread(3, 1, 4, 10))
     assert not Aim(2, at_least=False).met(Spread(2.1, 1, 4, 10))
+
+
+@pytest.mark.parametrize("name", mem_look.PLUGGED)
+def test_looks_at_every_window_go_where_nothing_is_and_are_checked(name: str) -> None:
+    with mem_look.window(mem_look.PLUGGED[name]) as window:
+        resident = window.mapping.resident_size
+        assert resident == len(mem_look.PLUGGED[name]) * PAGE_SIZE
+
+        mem_look.check(window)
+
+        assert window.mapping.resident_size == resident
+        window.put_page(mem_look.BLOCKS - 3)
+        with pytest.raises(BenchFailed, match="blocks that have none"):
+            mem_look.check(window)
+
+
+def test_the_processor_time_of_a_process_is_what_its_own_clock_says() -> None:
+    before = time.process_time()
+    found = process_s(os.getpid())
+    assert before <= found <= time.process_time()

@@ -24,7 +24,7 @@ from vhostd.log import LogEvent
 from vhostd.memory.registry import HeldRegion
 from vhostd.units import BALLOON_PAGE_SIZE, MiB
 
-DISCARD_PART_SIZE: Final = 64 * MiB
+PART_SIZE: Final = 64 * MiB
 """Some 20 ms of work: whoever waits for a block of a large window waits no longer than that."""
 
 LOOK_INTERVAL_S: Final = 2.0
@@ -102,9 +102,13 @@ class Window:
                 error = await self._do(part, lambda at, offset, size: at.discard(offset, size))
             perform(self._device.on_discarded(part, error))
 
-    async def _populate(self, part: GuestRange, perform: Perform) -> None:
-        error = await self._do(part, lambda at, offset, size: at.populate(offset, size))
-        perform(self._device.on_populated(part, error))
+    async def _populate(self, whole: GuestRange, perform: Perform) -> None:
+        error = None
+        for part in self._parts(whole):
+            error = await self._do(part, lambda at, offset, size: at.populate(offset, size))
+            if error is not None:
+                break
+        perform(self._device.on_populated(whole, error))
 
     async def _do(self, part: GuestRange, work: Callable[[Mapping, int, int], None]) -> str | None:
         """Do something with a range in a thread; what went wrong, or None."""
@@ -147,7 +151,7 @@ class Window:
 
     def _parts(self, whole: GuestRange) -> Iterator[GuestRange]:
         # Never less than a block: it is given back when its part is.
-        size = max(DISCARD_PART_SIZE, self._device.options.block_size)
+        size = max(PART_SIZE, self._device.options.block_size)
         for at in range(whole.guest_addr, whole.end, size):
             yield GuestRange(at, min(size, whole.end - at))
 

@@ -233,6 +233,7 @@ class Mem:
     def on_chain(self, chain: Chain, now_s: float) -> Effects:
         self._last_request_s = now_s
         if len(chain.data) < Request.SIZE or chain.writable_size < RESPONSE_SIZE:
+            self._blocks.answers.refused()
             raise GuestError(
                 f"a request of {len(chain.data)} bytes with room for {chain.writable_size};"
                 f" {Request.SIZE} and {RESPONSE_SIZE} are needed"
@@ -339,6 +340,6 @@ class Mem:
             started=self.started,
             missing_window=self._blocks.missing_window,
             inhibited=self.inhibited,
-            busy=self._blocks.answers.pausing,
+            busy=self._blocks.answers.busy_because,
             last_request_s=self._last_request_s,
         )

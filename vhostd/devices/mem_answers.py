@@ -30,19 +30,16 @@ class Answers:
         last: the last request and its answer. Until the answer is out the ring may stop, and the
             same chain come again; a PLUG carried out twice would be an ERROR, and end the driver.
         counts: how often each answer was given.
-        pausing: a guest that was told BUSY waits.
+        busy_because: why a guest that waits was told BUSY; None: none waits.
     """
 
     def __init__(self) -> None:
         self.last: Executed | None = None
         self.counts: Counter[Answer] = Counter()
+        self.busy_because: str | None = None
         self._nacks_in_a_row = 0
         self._pause_beats = 0
         self._beats_left = 0
-
-    @property
-    def pausing(self) -> bool:
-        return self._pause_beats != 0
 
     def replay(self, chain: Chain) -> list[Effect] | None:
         """The answer to a chain that was carried out before its ring stopped; None for others."""
@@ -63,12 +60,13 @@ class Answers:
         """Answer a PLUG beyond the requested size."""
         self._nacks_in_a_row += 1
         if self._nacks_in_a_row > NACKS_IN_A_ROW_MAX:
-            return self.busy(chain)
+            return self.busy(chain, "the guest asks for more than was requested of it")
         # It may not know yet how much is requested now.
         return [NotifyConfig(), *self.give(chain, Answer.NACK)]
 
-    def busy(self, chain: Chain) -> list[Effect]:
+    def busy(self, chain: Chain, why: str) -> list[Effect]:
         """Have the guest wait; on_beat() tells it when to try again."""
+        self.busy_because = why
         self._pause_beats = min(max(2 * self._pause_beats, 1), BUSY_PAUSE_MAX_BEATS)
         self._beats_left = self._pause_beats
         return self.give(chain, Answer.BUSY)
@@ -84,6 +82,11 @@ class Answers:
         """A PLUG was possible, or more is requested: patience starts anew."""
         self._nacks_in_a_row = 0
         self._pause_beats = self._beats_left = 0
+        self.busy_because = None
+
+    def refused(self) -> None:
+        """A chain was given back unused: the next one may stand where the last request stood."""
+        self.last = None
 
     def forget(self) -> None:
         """A new driver: nothing of the old one comes again."""

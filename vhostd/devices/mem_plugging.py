@@ -73,6 +73,7 @@ class Plugging:
         self.plugged = BlockSet(options.block_count)
         self.awaiting_discard = BlockSet(options.block_count)
         self.discard_errors = 0
+        self._populating = BlockSet(options.block_count)
         self._held: _Held | None = None
         self._waiting: deque[Chain] = deque()
 
@@ -104,6 +105,7 @@ class Plugging:
         self.answers.forget()
         self.plugged.clear()
         self.awaiting_discard.clear()
+        self._populating.clear()
         self.watch.forget()
         self.usable_size = self.wanted_usable_size
 
@@ -141,12 +143,13 @@ class Plugging:
         if self.plugged.has_any(*run):
             return self._refuse(chain, request, "plugged already")
         if self.missing_window is not None:
-            return [self.tell_no_window(), *self.answers.busy(chain)]
+            return [self.tell_no_window(), *self.answers.busy(chain, self.missing_window)]
         if self.awaiting_discard.has_any(*run):
             self._held = _Held(chain, run, populating=False)
             return []
         if self.options.prealloc:
             self._held = _Held(chain, run, populating=True)
+            self._populating.add(*run)
             self.watch.changed(*run)
             return [PopulateMemory(self.options.range(run))]
         return self._plug_now(chain, run)
@@ -167,7 +170,7 @@ class Plugging:
         if not self.plugged.has_all(*run):
             return self._refuse(chain, request, "unplugged already")
         if self.inhibited is not None:
-            return self.answers.busy(chain)
+            return self.answers.busy(chain, self.inhibited)
         self.plugged.remove(*run)
         # The guest goes on at once: whoever plugs these blocks again waits until they are empty.
         return self._done(chain, self._discard(run))
@@ -212,6 +215,7 @@ class Plugging:
     def on_populated(self, done: GuestRange, error: str | None) -> list[Effect]:
         """A PopulateMemory is done, or failed; nothing half done stays."""
         run = self.options.blocks_of(done)
+        self._populating.remove(*run)
         self.watch.changed(*run)
         held = self._held
         if held is None or not held.populating or held.run != run:
@@ -220,7 +224,8 @@ class Plugging:
         self._held = None
         if error is not None:
             log = Log(DeviceEvent.MEM_BUSY, {**self.told(), "error": error})
-            effects = [log, *self._discard(run), *self.answers.busy(held.chain)]
+            busy = self.answers.busy(held.chain, f"the host can't populate more memory: {error}")
+            effects = [log, *self._discard(run), *busy]
         elif self._exceeds_request(run):
             effects = [*self._discard(run), *self.answers.too_much(held.chain)]
         else:
@@ -250,8 +255,7 @@ class Plugging:
     def _may_have_memory(self) -> BlockSet:
         blocks = self.plugged.copy()
         blocks.update(self.awaiting_discard)
-        if self._held is not None:
-            blocks.add(*self._held.run)
+        blocks.update(self._populating)
         return blocks
 
     def on_looked(self, found: Mapping[int, int]) -> list[Effect]:

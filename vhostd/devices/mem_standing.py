@@ -19,14 +19,14 @@ OFFLINE_LIMIT_SIZE: Final = 1 * GiB
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is known; sizes in bytes, missing_window and inhibited are reasons or None."""
+    """What is known; sizes in bytes, the reasons missing_window, inhibited and busy may be None."""
 
     requested_size: int
     plugged_size: int
     started: bool
     missing_window: str | None
     inhibited: str | None
-    busy: bool
+    busy: str | None
     last_request_s: float
 
 
@@ -41,8 +41,8 @@ def standing(progress: Progress, now_s: float) -> str:
         return progress.missing_window
     if progress.inhibited is not None and plugged > requested:
         return f"no memory is given back: {progress.inhibited}"
-    if progress.busy:
-        return "the host has no memory to populate; the guest tries again"
+    if progress.busy is not None:
+        return f"{progress.busy}; it is told to try again"
     if now_s - progress.last_request_s < QUIET_S:
         return "the guest is at work"
     if plugged > requested:

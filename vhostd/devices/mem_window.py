@@ -87,9 +87,10 @@ class MemOptions:
 
     def missing(self, regions: Sequence[MemorySlot]) -> str | None:
         """What to tell an operator whose VMM has no window that can be used; None if it has."""
-        window = self.window
         for region in regions:
-            if region.guest_addr <= window.guest_addr and window.end <= region.end:
+            # Exactly that: a region that merely holds the window is the guest's own RAM, and a
+            # mistaken address would have it emptied.
+            if (region.guest_addr, region.size) == (self.address, self.size):
                 if self.block_size % region.page_size == 0:
                     return None
                 return (
@@ -97,6 +98,6 @@ class MemOptions:
                     f" blocks of {format_size(self.block_size)}: set block_size to that or more"
                 )
         return (
-            f"the VMM has no shared memory of {format_size(self.size)} at {self.address:#x}:"
-            " give it the options `vhostctl qemu-args` prints"
+            f"the VMM has no region of exactly {format_size(self.size)} at {self.address:#x} in its"
+            " shared memory: give it the options `vhostctl qemu-args` prints"
         )
