@@ -31,7 +31,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Attack:
-    """act() does it to a running balloon and checks what only it can know."""
+    """act() does it to a running balloon and checks what only it can know.
+
+    watches: it must look for a while to see that nothing happens.
+    """
 
     number: int
     name: str
@@ -39,6 +42,7 @@ class Attack:
     act: Callable[[BalloonDriver], None]
     setup: Setup = field(default_factory=Setup)
     queue: BalloonQueue | None = None  # the one that must be quarantined
+    watches: bool = False
 
     @property
     def label(self) -> str:
