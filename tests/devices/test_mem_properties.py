@@ -240,6 +240,14 @@ class MemAgainstModel(RuleBasedStateMachine):
         self.last = None
         self.perform(self.mem.on_started())
 
+    @rule()
+    def inhibit_for_a_moment(self) -> None:
+        """When it ends, all that is unplugged is given back: once, not again."""
+        self.perform(self.mem.inhibit("pinned"))
+        assert self.mem.look_begins() == []
+        self.perform(self.mem.on_looked({}))
+        self.perform(self.mem.inhibit(None))
+
     @precondition(lambda self: self.pending is None)
     @rule()
     def successor(self) -> None:
@@ -261,6 +269,12 @@ class MemAgainstModel(RuleBasedStateMachine):
         assert usable >= requested
 
     @invariant()
+    def nothing_plugged_is_to_be_discarded(self) -> None:
+        for part in self.discards:
+            first = (part.guest_addr - ADDRESS) // BLOCK
+            assert not self.plugged & set(range(first, first + part.size // BLOCK))
+
+    @invariant()
     def looks_cover_what_is_unplugged_and_nothing_else(self) -> None:
         if self.discards or self.populates or self.pending is not None:
             return
@@ -279,8 +293,8 @@ class PreallocAgainstModel(MemAgainstModel):
 
 
 COURSE = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=120,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -271,7 +271,6 @@ class Plugging:
 
     def on_excess(self, size: int) -> list[Effect]:
         """The window holds `size` bytes more than is plugged, and nobody can say where."""
-        self.watch.look_ends({})
         violation = self.watch.excess_found(size, self.options.block_size)
         if violation is None:
             return []

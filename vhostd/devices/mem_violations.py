@@ -86,8 +86,9 @@ class ViolationWatch:
     def excess_found(self, size: int, block_size: int) -> Violation | None:
         """The window as a whole holds `size` bytes more than is plugged; None: no news.
 
-        For windows whose pages can't be looked at one by one.
+        The end of a look at a window whose pages can't be looked at one by one.
         """
+        self._changed = None
         before, self.size = self.size, size
         if size <= before:
             return None

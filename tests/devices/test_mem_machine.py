@@ -1,0 +1,110 @@
+"""What the VMM does to a virtio-mem device: windows, pinned and encrypted memory, resets."""
+
+from __future__ import annotations
+
+import pytest
+from vhostd.devices.base import DiscardMemory, GuestRange, Log, MemorySlot, NotifyConfig, Refused
+from vhostd.devices.mem import Mem
+from vhostd.units import GiB, MiB
+
+from tests.devices.test_mem import (
+    ADDRESS,
+    BLOCK,
+    BUSY,
+    OPTIONS,
+    PLUG,
+    UNPLUG,
+    answer,
+    ask,
+    of_type,
+    parts,
+    started,
+)
+
+
+def test_a_new_window_is_emptied_first() -> None:
+    mem = Mem(OPTIONS)
+    assert not of_type(mem.on_memory([MemorySlot(0, GiB)]), DiscardMemory)
+    effects = mem.on_memory([MemorySlot(0, GiB), MemorySlot(ADDRESS, GiB)])
+    assert of_type(effects, DiscardMemory) == [DiscardMemory(OPTIONS.window)]
+    assert not mem.on_memory([MemorySlot(0, GiB), MemorySlot(ADDRESS, GiB)])
+
+
+@pytest.mark.parametrize(
+    ("slots", "reason"),
+    [
+        ([], "no region of exactly 1 GiB at 0x200000000"),
+        ([MemorySlot(ADDRESS, 2 * GiB)], "no region of exactly"),
+        ([MemorySlot(ADDRESS - GiB, 3 * GiB)], "no region of exactly"),
+        ([MemorySlot(ADDRESS, GiB, GiB)], "pages of 1 GiB can't be given back in blocks of 2 MiB"),
+    ],
+)
+def test_without_its_own_window_nothing_is_touched(slots: list[MemorySlot], reason: str) -> None:
+    mem = Mem(OPTIONS)
+    assert not of_type(mem.on_memory(slots), DiscardMemory)
+    assert of_type(mem.on_started(), Log)
+    assert answer(ask(mem, PLUG, 0, 1)) == BUSY
+    status = mem.status({}, 0)
+    assert (status["window"], status["plugged"]) == (False, 0)
+    assert reason in status["standing"]
+
+
+def test_a_window_that_may_be_pinned_waits_for_the_verdict() -> None:
+    mem = Mem(OPTIONS)
+    mem.await_machine(True)
+    effects = mem.on_memory([MemorySlot(ADDRESS, GiB)])
+    assert not of_type(effects, DiscardMemory)
+    assert mem.look_begins() == []
+    assert mem.await_machine(False) == [DiscardMemory(OPTIONS.window)]
+    assert mem.await_machine(False) == []
+
+
+def test_pinned_memory_is_kept_and_given_back_when_it_is_free() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    mem.inhibit("pinned by gpu0")
+    assert answer(ask(mem, UNPLUG, 0, 1, token=2)) == BUSY
+    with pytest.raises(Refused, match="can't give memory back now: pinned by gpu0"):
+        mem.set_requested_size(0)
+    mem.set_requested_size(256 * MiB)
+    effects = mem.inhibit(None)
+    rest = GuestRange(ADDRESS + 4 * BLOCK, GiB - 4 * BLOCK)
+    assert of_type(effects, DiscardMemory) == [DiscardMemory(rest)]
+    assert of_type(effects, NotifyConfig)
+
+
+def test_encrypted_memory_is_not_resized_at_all() -> None:
+    mem = started()
+    mem.forbid("guest memory is encrypted by sev0")
+    with pytest.raises(Refused, match="encrypted by sev0"):
+        mem.set_requested_size(GiB)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [(GiB + BLOCK, "has a window of 1 GiB"), (BLOCK + 1, "the nearest are 2097152 and 4194304")],
+)
+def test_sizes_that_can_t_be_are_refused(size: int, reason: str) -> None:
+    mem = started()
+    with pytest.raises(Refused, match=reason):
+        mem.set_requested_size(size)
+    assert mem.requested_size == 128 * MiB
+
+
+def test_a_system_reset_unplugs_all_unless_a_driver_runs() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    assert mem.on_system_reset() == []
+    mem.on_stopped()
+    effects = mem.on_system_reset()
+    assert of_type(effects, DiscardMemory) == [DiscardMemory(parts(0, 4))]
+    assert mem.plugged_size == 0
+
+
+def test_a_driver_s_reset_unplugs_nothing() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    mem.on_stopped()
+    mem.on_driver_reset()
+    mem.on_started()
+    assert mem.plugged_size == 4 * BLOCK
