@@ -37,8 +37,10 @@ demo: $(VENV)/stamp
 stack: $(VENV)/stamp
 	@$(RUN) -m tests.vm.stack --kernels 6.1,6.12,7
 
+# Guests wait a lot, so two run at a time; what measures memory or races runs alone.
 test: $(VENV)/stamp stack
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m guest -n 2 $(PYTEST_FLAGS)
 
 unit: $(VENV)/stamp
 	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)

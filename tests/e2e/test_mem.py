@@ -224,7 +224,8 @@ async def test_the_memory_of_a_guest_is_set_with_both_devices(serve_memory: Serv
             ("1G", 0, 0),
             ("1280M", 256 * MiB, 0),
         ):
-            await served.daemon.ctl("memory", "set", VM, size, "--wait")
+            words = ("memory", "set", VM, size, "--wait", "--timeout", "150")
+            await served.daemon.ctl(*words, timeout_s=170)
             status = await served.daemon.status(VM)
             assert status["mem"][0]["plugged"] == plugged
             assert status["balloon"]["actual"] == status["balloon"]["inflated"] == balloon

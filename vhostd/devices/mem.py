@@ -23,7 +23,7 @@ from vhostd.devices.base import (
     Refused,
     Role,
 )
-from vhostd.devices.mem_answers import BEAT_S
+from vhostd.devices.mem_answers import BEAT_S, Nudge
 from vhostd.devices.mem_plugging import Plugging
 from vhostd.devices.mem_request import (
     CONFIG,
@@ -65,6 +65,7 @@ class Mem:
         self._blocks = Plugging(options)
         self._last_request_s = 0.0
         self._forbidden: str | None = None
+        self._nudge = Nudge()
 
     @property
     def requested_size(self) -> int:
@@ -144,6 +145,7 @@ class Mem:
         blocks = self._blocks
         blocks.requested_size = size
         blocks.answers.progress()
+        self._nudge.on_wish()
         blocks.usable_size = max(blocks.usable_size, blocks.wanted_usable_size)
         event = Event(DeviceEvent.MEM_REQUESTED, blocks.told())
         return [blocks.publish_sizes(), NotifyConfig(), event]
@@ -232,6 +234,7 @@ class Mem:
 
     def on_chain(self, chain: Chain, now_s: float) -> Effects:
         self._last_request_s = now_s
+        self._nudge.on_request()
         if len(chain.data) < Request.SIZE or chain.writable_size < RESPONSE_SIZE:
             self._blocks.answers.refused()
             raise GuestError(
@@ -272,7 +275,10 @@ class Mem:
         return self._blocks.on_excess(size)
 
     def on_timer(self) -> Effects:
-        return self._blocks.answers.on_beat()
+        effects = self._blocks.answers.on_beat()
+        if self.started and self.plugged_size != self.requested_size and not effects:
+            effects = self._nudge.on_beat()
+        return effects
 
     # -- for a successor, and for people -------------------------------------------------------
 

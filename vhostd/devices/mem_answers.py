@@ -19,8 +19,39 @@ BEAT_S: Final = 4.0
 BUSY_PAUSE_MAX_BEATS: Final = 16
 """A guest that was told BUSY is told to try again after 1 beat, doubling up to this."""
 
+NUDGE_MIN_BEATS: Final = 3
+NUDGE_MAX_BEATS: Final = 16
+"""A guest that could not go on tries again after 50 to 300 s by itself; it is told to after so many
+beats without a request, doubling. Not sooner: Linux breaks a long attempt off when it is told."""
+
 Executed: TypeAlias = tuple[int, bytes, bytes]
 """Position in the ring, request and answer of the request carried out last."""
+
+
+class Nudge:
+    """Tells a guest that stands still short of its size to try again."""
+
+    def __init__(self) -> None:
+        self._quiet_beats = 0
+        self._patience_beats = NUDGE_MIN_BEATS
+
+    def on_request(self) -> None:
+        """The guest is at work."""
+        self._quiet_beats = 0
+
+    def on_wish(self) -> None:
+        """The guest was told just now."""
+        self._quiet_beats = 0
+        self._patience_beats = NUDGE_MIN_BEATS
+
+    def on_beat(self) -> list[Effect]:
+        """BEAT_S went by, and the guest is not where it should be."""
+        self._quiet_beats += 1
+        if self._quiet_beats < self._patience_beats:
+            return []
+        self._quiet_beats = 0
+        self._patience_beats = min(2 * self._patience_beats, NUDGE_MAX_BEATS)
+        return [NotifyConfig()]
 
 
 class Answers:
