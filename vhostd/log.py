@@ -34,6 +34,7 @@ class LogEvent(StrEnum):
     VM_DISCONNECTED = "vm_disconnected"
     VM_STARTED = "vm_started"
     VM_STOPPED = "vm_stopped"
+    GOAL_GIVEN_UP = "memory_goal_given_up"
     VM_NOT_STOPPED = "vm_not_stopped"
     VM_BORROWED_MEMORY = "vm_memory_of_another_vm"
     QMP_CONNECTED = "qmp_connected"

@@ -51,6 +51,7 @@ class BalloonVm:
         self.name = name
         self.balloon = Balloon()
         self.mem = Mem(MemOptions("mem0", 9 * GiB, 4 * GiB))
+        self.goal: int | None = None
         self.answers_statistics = True
         self.state = "running" if running else "waiting"
         self._events = events
@@ -106,6 +107,8 @@ class BalloonVm:
             "config_changes": 0,
             "config_reads": 0,
             "config_writes": 0,
+            "usable": GiB + self.mem.plugged_size - self.balloon.actual,
+            "usable_goal": self.goal,
             "qmp": False,
         }
 
@@ -126,6 +129,7 @@ class BalloonVm:
         return "mem0"
 
     async def set_memory(self, size: int) -> JsonObject:
+        self.goal = size
         plan = plan_memory(GiB, [MemRoom("mem0", 4 * GiB, 2 * MiB)], size, has_balloon=True)
         await self.resize_mem("mem0", plan.requested["mem0"])
         await self.set_balloon_target(plan.balloon)

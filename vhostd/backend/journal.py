@@ -22,7 +22,7 @@ class Journal:
     def __init__(self, vm_name: str, limiter: RateLimiter, on_news: OnNews) -> None:
         self._vm_name = vm_name
         self._limiter = limiter
-        self._on_news = on_news
+        self._listeners = [on_news]
         self.log: structlog.typing.FilteringBoundLogger = get_logger(vm=vm_name)
 
     def guest_caused(self, key: Hashable, event: str, **fields: object) -> None:
@@ -35,4 +35,9 @@ class Journal:
 
     def publish(self, event: str, fields: dict[str, Any]) -> None:
         """Tell whoever listens to the event stream."""
-        self._on_news(self._vm_name, event, fields)
+        for listener in self._listeners:
+            listener(self._vm_name, event, fields)
+
+    def listen(self, on_news: OnNews) -> None:
+        """Tell somebody else as well, after all others."""
+        self._listeners.append(on_news)

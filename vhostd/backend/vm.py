@@ -21,17 +21,25 @@ from vhostd.config import VmConfig
 from vhostd.config_devices import BalloonConfig, MemConfig
 from vhostd.devices.balloon import Balloon
 from vhostd.devices.balloon_features import BalloonOptions
-from vhostd.devices.base import Device, GuestRange, Refused
+from vhostd.devices.base import Device, DeviceEvent, GuestRange, Refused
 from vhostd.devices.mem import Mem
 from vhostd.devices.mem_violations import OnViolation
 from vhostd.devices.mem_window import MemOptions
-from vhostd.devices.memory_plan import MemRoom, boot_memory_size, plan_memory
+from vhostd.devices.memory_plan import MemoryGoal, MemRoom, boot_memory_size, plan_memory
 from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
 
 JsonObject = dict[str, Any]
+
+GOAL_EVENTS = (
+    DeviceEvent.MEM_PLUGGED,
+    DeviceEvent.MEM_UNPLUGGED_ALL,
+    DeviceEvent.MEM_DISCARDED,
+    DeviceEvent.MEM_STANDS_STILL,
+)
+"""After these the balloon may have another part of the goal to reach."""
 
 STATES_BY_WEIGHT = ("quarantined", "running", "stopped", "connected", "waiting")
 """A VM is in the first of these that one of its devices is in."""
@@ -102,6 +110,8 @@ class Vm:
             name: DeviceSeat(name, device, source, shared)
             for (name, device), source in zip(devices.items(), sources, strict=True)
         }
+        self._goal: MemoryGoal | None = None
+        journal.listen(self._on_news)
         self._tell_hotplug_size()
         self._await_machine(self._monitor is not None)
 
@@ -175,7 +185,9 @@ class Vm:
         Raises:
             Refused: it cannot be; the text says why.
         """
-        self._seats["balloon"].perform(self.require_balloon().set_target(size))
+        effects = self.require_balloon().set_target(size)
+        self._goal = None
+        self._seats["balloon"].perform(effects)
 
     def request_statistics(self) -> None:
         """Ask the guest for its statistics.
@@ -225,7 +237,9 @@ class Vm:
             Refused: it cannot be; the text says why.
         """
         mem = self.find_mem(device)
-        self._seats[mem.options.id].perform(mem.set_requested_size(size))
+        effects = mem.set_requested_size(size)
+        self._goal = None
+        self._seats[mem.options.id].perform(effects)
         self._tell_hotplug_size()
         return mem.options.id
 
@@ -239,29 +253,58 @@ class Vm:
             MemRoom(mem.options.id, mem.options.size, mem.options.block_size)
             for mem in self.mems.values()
         ]
-        plan = plan_memory(
-            self._boot_memory_size(), rooms, size, has_balloon=self.balloon is not None
-        )
+        boot_size = self._boot_memory_size()
+        plan = plan_memory(boot_size, rooms, size, has_balloon=self.balloon is not None)
         for name, requested in plan.requested.items():
             self.mems[name].check_request(requested)
-        # What grows comes first, so that no limit of the other is hit on the way.
+        if self.balloon is not None and plan.balloon:
+            self.balloon.check_usable()
+        self._goal = MemoryGoal(boot_size, size)
         for name, requested in plan.requested.items():
             self._seats[name].perform(self.mems[name].set_requested_size(requested))
         self._tell_hotplug_size()
-        if self.balloon is not None:
-            self.set_balloon_target(plan.balloon)
+        self._pursue_goal()
         return {"size": size, "mem": plan.requested, "balloon": plan.balloon}
 
+    def _on_news(self, vm_name: str, event: str, fields: Mapping[str, object]) -> None:
+        del vm_name, fields
+        if event == DeviceEvent.MEM_STANDS_STILL and self._goal is not None:
+            self._goal.devices_done = True
+        if event in GOAL_EVENTS:
+            self._pursue_goal()
+
+    def _pursue_goal(self) -> None:
+        """Set the balloon to what the memory devices leave, once they have done what they can."""
+        goal = self._goal
+        if goal is None or self.balloon is None:
+            return
+        if all(mem.settled for mem in self.mems.values()):
+            goal.devices_done = True
+        left = goal.balloon(sum(mem.plugged_size for mem in self.mems.values()))
+        # More than RAM it can't take, however far the memory devices are.
+        target = min(left, self.balloon.guest_memory_size or left)
+        if target < self.balloon.target or (goal.devices_done and target != self.balloon.target):
+            try:
+                effects = self.balloon.set_target(target)
+            except Refused as error:
+                self._goal = None
+                self._journal.log.warning(LogEvent.GOAL_GIVEN_UP, size=goal.size, why=str(error))
+            else:
+                self._seats["balloon"].perform(effects)
+
     def _boot_memory_size(self) -> int:
+        size = self._find_boot_memory_size()
+        if size == 0:
+            raise Refused(f"VM {self.name!r}: no VMM is connected, its memory is not known")
+        return size
+
+    def _find_boot_memory_size(self) -> int:
         sizes = [
             boot_memory_size(seat.connection.memory_slots, self._windows)
             for seat in self._seats.values()
             if seat.connection is not None
         ]
-        size = max(sizes, default=0)
-        if size == 0:
-            raise Refused(f"VM {self.name!r}: no VMM is connected, its memory is not known")
-        return size
+        return max(sizes, default=0)
 
     @property
     def _windows(self) -> list[GuestRange]:
@@ -290,12 +333,22 @@ class Vm:
             **balloon,
             "mem": [devices[name] for name in self.mems],
             "pmem": [],
+            "usable": self._usable_size(),
+            "usable_goal": None if self._goal is None else self._goal.size,
             "qmp": self._monitor is not None and self._monitor.connected,
             "connections": sum(seat.connections for seat in self._seats.values()),
             "connections_refused": sum(seat.connections_refused for seat in self._seats.values()),
             "faults": self._faults(),
             **self._counts(),
         }
+
+    def _usable_size(self) -> int | None:
+        """Bytes of RAM the guest may use, by its own word about the balloon; None: not known."""
+        boot_size = self._find_boot_memory_size()
+        if boot_size == 0:
+            return None
+        actual = 0 if self.balloon is None else self.balloon.actual
+        return boot_size + sum(mem.plugged_size for mem in self.mems.values()) - actual
 
     def _device_status(self, seat: DeviceSeat) -> JsonObject:
         connection = seat.connection

@@ -36,7 +36,7 @@ from vhostd.control.verbs import (
 )
 from vhostd.errors import VhostdError
 from vhostd.metrics.export import CONTENT_TYPE, metrics_text
-from vhostd.units import parse_size
+from vhostd.units import BALLOON_PAGE_SIZE, parse_size
 
 SUBSCRIBERS_MAX: Final = 64
 """Beyond it the read-only socket takes no listener, so that there is room on control.sock."""
@@ -145,13 +145,19 @@ def _mem_standing(vm: VmView, device: str) -> str:
 
 
 def _memory_settled(status: JsonObject) -> bool:
-    balloon = status.get("balloon")
-    return all(map(_mem_settled, status["mem"])) and (balloon is None or balloon["reached"])
+    """As near as a guest with 64 KiB pages gets, and nothing is being taken back any more."""
+    usable, goal = status["usable"], status["usable_goal"]
+    if usable is None or any(mem["discarding"] for mem in status["mem"]):
+        return False
+    has_balloon = "balloon" in status
+    slack = 15 * BALLOON_PAGE_SIZE if has_balloon else max(m["block_size"] for m in status["mem"])
+    return goal is not None and abs(usable - goal) <= slack
 
 
 def _memory_standing(vm: VmView) -> list[str]:
     status = vm.status()
-    lines = [_mem_standing(vm, mem["id"]) for mem in status["mem"] if not _mem_settled(mem)]
+    lines = [f"the guest has {status['usable']} bytes"]
+    lines += [_mem_standing(vm, mem["id"]) for mem in status["mem"] if not _mem_settled(mem)]
     if "balloon" in status and not status["balloon"]["reached"]:
         balloon = status["balloon"]
         lines.append(f"the balloon is at {balloon['actual']} bytes of {balloon['target']}")

@@ -145,8 +145,9 @@ class MemStatus(msgspec.Struct):
 class VmStatus(msgspec.Struct):
     """One VM. `queues` above is by role; `faults` says by index which rings are quarantined.
 
-    Refused are what a VMM or guest sent and was not done; config_changes are messages to the VMM,
-    reads and writes those of the guest that the worker answered.
+    `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
+    `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
+    are messages to the VMM, reads and writes those of the guest that the worker answered.
     """
 
     vm: str
@@ -161,6 +162,8 @@ class VmStatus(msgspec.Struct):
     config_changes: int = 0
     config_reads: int = 0
     config_writes: int = 0
+    usable: int | None = None
+    usable_goal: int | None = None
     qmp: bool = False
     balloon: BalloonStatus | None = None  # left out where there is none
 

@@ -136,8 +136,7 @@ class Balloon:
             Refused: more than the guest's RAM, or more than 32 bits of pages.
         """
         pages = size // BALLOON_PAGE_SIZE
-        if self._forbidden is not None:
-            raise Refused(f"the balloon can't be used: {self._forbidden}")
+        self.check_usable()
         if not 0 <= pages <= PAGES_MAX:
             raise Refused(
                 f"a balloon of {size} bytes can't be: its limit is 2^32 - 1 pages of 4 KiB"
@@ -149,6 +148,11 @@ class Balloon:
             )
         self._target_pages = pages
         return [*self._announce_target(), Event(DeviceEvent.BALLOON_TARGET, self._sizes())]
+
+    def check_usable(self) -> None:
+        """Raises Refused if no target may be set at all."""
+        if self._forbidden is not None:
+            raise Refused(f"the balloon can't be used: {self._forbidden}")
 
     def set_guest_memory(self, size: int) -> Effects:
         """The guest's RAM became known, in bytes: a larger target shrinks to it.

@@ -58,6 +58,7 @@ class DeviceEvent(StrEnum):
     MEM_REQUESTED = "mem_requested"
     MEM_PLUGGED = "mem_plugged"
     MEM_DISCARDED = "mem_discarded"
+    MEM_STANDS_STILL = "mem_stands_still"
     MEM_UNPLUGGED_ALL = "mem_unplugged_all"
     MEM_BUSY = "mem_busy"
     MEM_REQUEST_REFUSED = "mem_request_refused"

@@ -78,6 +78,11 @@ class Mem:
         return self._blocks.plugged_size
 
     @property
+    def settled(self) -> bool:
+        """The guest is where it was asked to be, and the host has all of the rest."""
+        return self.plugged_size == self.requested_size and not self._blocks.awaiting_discard.size
+
+    @property
     def inhibited(self) -> str | None:
         """Why no memory is given back now, or None."""
         return self._blocks.inhibited
@@ -278,6 +283,8 @@ class Mem:
         effects = self._blocks.answers.on_beat()
         if self.started and self.plugged_size != self.requested_size and not effects:
             effects = self._nudge.on_beat()
+            if effects:
+                effects.append(Event(DeviceEvent.MEM_STANDS_STILL, self._blocks.told()))
         return effects
 
     # -- for a successor, and for people -------------------------------------------------------

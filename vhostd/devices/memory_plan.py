@@ -29,6 +29,27 @@ class MemoryPlan:
     balloon: int
 
 
+@dataclass(slots=True)
+class MemoryGoal:
+    """A size asked for, on the way: memory devices move first, the balloon takes the rest.
+
+    Both at once would work against each other: pages in the balloon lie in blocks that are to be
+    unplugged, and each of them is moved, maybe many times.
+
+    Attributes:
+        size: usable memory in bytes.
+        devices_done: the memory devices are where they should be, or move no further for now.
+    """
+
+    boot_size: int
+    size: int
+    devices_done: bool = False
+
+    def balloon(self, plugged_size: int) -> int:
+        """The balloon's target while so much is plugged; bytes."""
+        return max(0, self.boot_size + plugged_size - self.size)
+
+
 def boot_memory_size(regions: Sequence[GuestRange], windows: Sequence[GuestRange]) -> int:
     """Bytes of a VMM's memory table that are no device's window."""
     return sum(
