@@ -172,10 +172,12 @@ class Window:
         mapping = held.region.mapping
         try:
             if mapping.page_size > BALLOON_PAGE_SIZE:
+                before = device.settled_size
                 resident = await trio.to_thread.run_sync(
                     lambda: mapping.resident_size, limiter=self._thread
                 )
-                return device.on_excess(max(0, resident - device.settled_size))
+                # Blocks may have come or gone meanwhile; neither makes a violation.
+                return device.on_excess(max(0, resident - max(before, device.settled_size)))
             found = await trio.to_thread.run_sync(
                 _memory_by_block, mapping, offset, device.options, empty, limiter=self._thread
             )
