@@ -83,11 +83,8 @@ class Owner:
     def on_system_reset(self) -> None:
         self.send.send_nowait("reset")
 
-    def on_pinned(self, devices: Sequence[str]) -> None:
-        self.send.send_nowait(list(devices))
-
-    def on_encrypted(self, technology: str) -> None:
-        self.send.send_nowait(technology)
+    def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
+        self.send.send_nowait((list(pinning), encryption))
 
     def on_unreachable(self) -> None:
         self.send.send_nowait("unreachable")
@@ -118,7 +115,7 @@ async def watched(path: Path, vmm: Vmm) -> AsyncIterator[tuple[Owner, Monitor]]:
 async def test_resets_are_passed_on_and_other_devices_pin_nothing(tmp_path: Path) -> None:
     vmm = Vmm({"balloon0": "vhost-user-test-device-pci", "net0": "virtio-net-pci"})
     async with watched(tmp_path / "qmp", vmm) as (owner, monitor):
-        assert await owner.next() == []
+        assert await owner.next() == ([], None)
         await vmm.ready.wait()
         await vmm.event("STOP")
         await vmm.event("RESET")
@@ -130,14 +127,13 @@ async def test_resets_are_passed_on_and_other_devices_pin_nothing(tmp_path: Path
 async def test_devices_that_pin_memory_are_named(tmp_path: Path, kind: str) -> None:
     vmm = Vmm({"gpu0": kind, "net0": "virtio-net-pci"})
     async with watched(tmp_path / "qmp", vmm) as (owner, _):
-        assert await owner.next() == [f"gpu0 ({kind})"]
+        assert await owner.next() == ([f"gpu0 ({kind})"], None)
 
 
 async def test_encrypted_memory_is_told_with_its_technology(tmp_path: Path) -> None:
     vmm = Vmm({}, encryption="/objects/sev0")
     async with watched(tmp_path / "qmp", vmm) as (owner, _):
-        assert await owner.next() == []
-        assert await owner.next() == "/objects/sev0"
+        assert await owner.next() == ([], "/objects/sev0")
 
 
 async def test_a_wish_to_stop_the_vm_waits_for_the_monitor(tmp_path: Path) -> None:
@@ -151,9 +147,9 @@ async def test_a_wish_to_stop_the_vm_waits_for_the_monitor(tmp_path: Path) -> No
 async def test_a_monitor_that_goes_away_is_found_again(tmp_path: Path) -> None:
     vmm = Vmm({})
     async with watched(tmp_path / "qmp", vmm) as (owner, _):
-        assert await owner.next() == []
+        assert await owner.next() == ([], None)
         await vmm.ready.wait()
         await vmm.hang_up()
         vmm.devices = {"gpu0": "vfio-pci"}
         assert await owner.next() == "unreachable"
-        assert await owner.next() == ["gpu0 (vfio-pci)"]
+        assert await owner.next() == (["gpu0 (vfio-pci)"], None)

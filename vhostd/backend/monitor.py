@@ -25,7 +25,6 @@ PINNING_TYPES: Final = ("child<vfio-", "child<vhost-vdpa", "child<x-vfio-user")
 """QOM types whose devices pin guest memory for DMA."""
 
 _PERIPHERALS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
-_STOP_EVENTS: Final = ("RESET", "DEVICE_DELETED")
 
 
 class MonitorOwner(Protocol):
@@ -38,14 +37,16 @@ class MonitorOwner(Protocol):
     def on_system_reset(self) -> None:
         """The machine was reset, by its guest or by its operator."""
 
-    def on_pinned(self, devices: Sequence[str]) -> None:
-        """These devices pin guest memory; none: nothing does."""
+    def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
+        """What the machine is like, told when the monitor connects and every few seconds.
+
+        Args:
+            pinning: devices that pin guest memory.
+            encryption: the QEMU object that encrypts it, or None.
+        """
 
     def on_unreachable(self) -> None:
         """Nobody could be asked."""
-
-    def on_encrypted(self, technology: str) -> None:
-        """The guest's memory is encrypted; the argument names the QEMU object."""
 
 
 class Monitor:
@@ -95,20 +96,20 @@ class Monitor:
     async def _serve(self, client: QmpClient) -> None:
         self.connected = True
         self._journal.log.info(LogEvent.QMP_CONNECTED, path=str(self._path), qemu=client.version)
-        with client.events(*_STOP_EVENTS) as events:
-            await self._look_at_machine(client)
+        with client.events("RESET") as events:
+            encryption = await _encryption(client)
+            self._owner.on_machine(await _pinning(client), encryption)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._hear, events)
-                nursery.start_soon(self._look_again, client)
+                nursery.start_soon(self._look_again, client, encryption)
                 nursery.start_soon(self._work, client)
                 await client.wait_closed()
                 nursery.cancel_scope.cancel()
         raise QmpClosed(client.end_reason or "closed")
 
     async def _hear(self, events: EventSubscription) -> None:
-        async for event in events:
-            if event.name == "RESET":
-                self._owner.on_system_reset()
+        async for _ in events:
+            self._owner.on_system_reset()
 
     async def _work(self, client: QmpClient) -> None:
         while True:
@@ -126,31 +127,31 @@ class Monitor:
 
     # -- what kind of machine it is ------------------------------------------------------------
 
-    async def _look_again(self, client: QmpClient) -> None:
+    async def _look_again(self, client: QmpClient, encryption: str | None) -> None:
         while True:
             await trio.sleep(LOOK_AGAIN_S)
             try:
-                await self._look_for_pinning(client)
+                self._owner.on_machine(await _pinning(client), encryption)
             except QmpClosed:
                 return
 
-    async def _look_at_machine(self, client: QmpClient) -> None:
-        await self._look_for_pinning(client)
-        try:
-            guard = await client.execute(
-                "qom-get", path="/machine", property="confidential-guest-support"
-            )
-        except QmpError:
-            return  # a machine that can't be encrypted has no such property
-        if guard:
-            self._owner.on_encrypted(str(guard))
 
-    async def _look_for_pinning(self, client: QmpClient) -> None:
-        pinning: list[str] = []
-        for container in _PERIPHERALS:
-            pinning += [
-                f"{child['name']} ({child['type'].removeprefix('child<').removesuffix('>')})"
-                for child in await client.execute("qom-list", path=container)
-                if child["type"].startswith(PINNING_TYPES)
-            ]
-        self._owner.on_pinned(pinning)
+async def _pinning(client: QmpClient) -> list[str]:
+    found: list[str] = []
+    for container in _PERIPHERALS:
+        found += [
+            f"{child['name']} ({child['type'].removeprefix('child<').removesuffix('>')})"
+            for child in await client.execute("qom-list", path=container)
+            if child["type"].startswith(PINNING_TYPES)
+        ]
+    return found
+
+
+async def _encryption(client: QmpClient) -> str | None:
+    try:
+        guard = await client.execute(
+            "qom-get", path="/machine", property="confidential-guest-support"
+        )
+    except QmpError:
+        return None  # a machine that can't be encrypted has no such property
+    return str(guard) or None

@@ -137,9 +137,15 @@ class Vm:
         for name, mem in self.mems.items():
             self._seats[name].perform(mem.on_system_reset())
 
-    def on_pinned(self, devices: Sequence[str]) -> None:
-        """Give no memory back while these devices pin it; none: nothing does."""
-        why = f"guest memory is pinned by {', '.join(devices)}" if devices else None
+    def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
+        """Give no memory back while devices pin it; change nothing about encrypted memory."""
+        why = f"guest memory is pinned by {', '.join(pinning)}" if pinning else None
+        forbidden = None
+        if encryption is not None:
+            why = forbidden = f"guest memory is encrypted by {encryption}"
+        for device in (self.balloon, *self.mems.values()):
+            if device is not None:
+                device.forbid(forbidden)
         self._inhibit(why)
         self._await_machine(False)
 
@@ -150,14 +156,6 @@ class Vm:
     def _await_machine(self, awaited: bool) -> None:
         for name, mem in self.mems.items():
             self._seats[name].perform(mem.await_machine(awaited))
-
-    def on_encrypted(self, technology: str) -> None:
-        """Change nothing about memory that the host can't take back."""
-        why = f"guest memory is encrypted by {technology}"
-        for device in (self.balloon, *self.mems.values()):
-            if device is not None:
-                device.forbid(why)
-        self._inhibit(why)
 
     def _inhibit(self, why: str | None) -> None:
         if self.balloon is not None and self.balloon.inhibited != why:
