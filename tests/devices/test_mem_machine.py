@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from vhostd.devices.base import DiscardMemory, GuestRange, Log, MemorySlot, NotifyConfig, Refused
+from vhostd.devices.base import (
+    DiscardMemory,
+    GuestRange,
+    Log,
+    MemorySlot,
+    NotifyConfig,
+    PopulateMemory,
+    Refused,
+)
 from vhostd.devices.mem import Mem
 from vhostd.units import GiB, MiB
 
 from tests.devices.test_mem import (
+    ACK,
     ADDRESS,
     BLOCK,
     BUSY,
@@ -16,6 +27,7 @@ from tests.devices.test_mem import (
     UNPLUG,
     answer,
     ask,
+    chain,
     of_type,
     parts,
     started,
@@ -117,3 +129,61 @@ def test_a_guest_that_stands_still_is_told_to_try_again_more_and_more_rarely() -
     assert told == [2, 8, 20, 36, 52]
     ask(mem, PLUG, 0, 1)
     assert not any(mem.on_timer() for _ in range(60))
+
+
+def test_blocks_emptied_while_they_were_populated_are_populated_again() -> None:
+    """A sweep that ends after the guest was told would take its memory away."""
+    mem = started(replace(OPTIONS, prealloc=True))
+    ask(mem, PLUG, 0, 4)
+    mem.inhibit("pinned")
+    (sweep,) = of_type(mem.inhibit(None), DiscardMemory)
+    assert mem.on_populated(parts(0, 4), None) == []
+    assert mem.plugged_size == 0
+    again = mem.on_discarded(OPTIONS.window, None)
+    assert sweep == DiscardMemory(OPTIONS.window)
+    assert PopulateMemory(parts(0, 4)) in again
+    assert answer(mem.on_populated(parts(0, 4), None)) == ACK
+    assert not mem.discard_due(parts(0, 4))
+
+
+def test_the_end_of_a_reason_ends_its_telling() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    mem.inhibit("pinned by gpu0")
+    ask(mem, UNPLUG, 0, 1, token=2)
+    assert "pinned by gpu0" in mem.status({}, 9)["standing"]
+    mem.inhibit(None)
+    assert "pinned" not in mem.status({}, 9)["standing"]
+
+
+def test_one_that_was_told_to_wait_is_not_nudged_before() -> None:
+    mem = Mem(OPTIONS)
+    mem.on_started()
+    for token in range(1, 6):
+        assert answer(ask(mem, PLUG, 0, 1, token=token)) == BUSY
+    told = [beat for beat in range(20) if NotifyConfig() in mem.on_timer()]
+    assert told == [15]
+
+
+def test_what_the_host_failed_to_take_is_no_violation_and_tried_again() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    ask(mem, UNPLUG, 0, 2, token=2)
+    mem.on_discarded(parts(0, 2), "Input/output error")
+    assert parts(0, 2).end <= mem.look_begins()[0].guest_addr
+    assert mem.on_looked({}) == []
+    assert mem.on_timer() == [DiscardMemory(parts(0, 2))]
+    mem.on_discarded(parts(0, 2), None)
+    assert mem.look_begins()[0] == parts(0, 2)
+
+
+def test_several_answers_that_were_not_out_come_again() -> None:
+    mem = started()
+    requests = [chain(PLUG, first, 2, token=first + 1, at=first + 9) for first in (0, 2, 4)]
+    for request in requests:
+        assert answer(mem.on_chain(request, 0)) == ACK
+    mem.on_stopped()
+    mem.on_started()
+    for request in requests:
+        assert answer(mem.on_chain(replace(request, token=request.token + 50), 0)) == ACK
+    assert mem.plugged_size == 6 * BLOCK

@@ -171,6 +171,7 @@ class Mem:
         if why is not None:
             return [told]
         # Who was told BUSY may try again.
+        self._blocks.answers.progress()
         return [told, *self._blocks.sweep(), NotifyConfig()]
 
     # -- what the VMM does ---------------------------------------------------------------------
@@ -192,6 +193,7 @@ class Mem:
             effects += [blocks.publish_sizes(), NotifyConfig()]
         if appeared:
             # Who was told BUSY for want of a window may try again.
+            blocks.answers.progress()
             effects += [*blocks.sweep(), NotifyConfig()]
         return effects
 
@@ -280,28 +282,25 @@ class Mem:
         return self._blocks.on_excess(size)
 
     def on_timer(self) -> Effects:
-        effects = self._blocks.answers.on_beat()
-        if self.started and self.plugged_size != self.requested_size and not effects:
-            effects = self._nudge.on_beat()
-            if effects:
-                effects.append(Event(DeviceEvent.MEM_STANDS_STILL, self._blocks.told()))
+        blocks = self._blocks
+        effects = [*blocks.discard_again(), *blocks.answers.on_beat()]
+        short = self.started and self.plugged_size != self.requested_size
+        if short and blocks.answers.busy_because is None and (nudge := self._nudge.on_beat()):
+            still = Event(DeviceEvent.MEM_STANDS_STILL, blocks.told())
+            effects += [*nudge, still]
         return effects
 
     # -- for a successor, and for people -------------------------------------------------------
 
     def save(self) -> JsonObject:
         blocks = self._blocks
-        position, request, answer = blocks.answers.last or (-1, b"", b"")
         state = MemState(
             size=self.options.size,
             block_size=self.options.block_size,
             requested_size=self.requested_size,
             usable_size=blocks.usable_size,
             plugged=list(blocks.plugged.runs()),
-            awaiting_discard=list(blocks.awaiting_discard.runs()),
-            last_position=position,
-            last_request=request,
-            last_answer=answer,
+            recent=blocks.answers.recent,
             violations=blocks.watch.violations,
         )
         plain: JsonObject = msgspec.to_builtins(state)
@@ -310,14 +309,11 @@ class Mem:
     def load(self, saved: JsonObject) -> None:
         state = decode(saved, self.options)
         blocks = self._blocks
-        blocks.plugged, blocks.awaiting_discard = (
-            decode_runs(runs, self.options.block_count)
-            for runs in (state.plugged, state.awaiting_discard)
-        )
+        # What was to be discarded is found again when the window is swept.
+        blocks.plugged = decode_runs(state.plugged, self.options.block_count)
         blocks.requested_size, blocks.usable_size = state.requested_size, state.usable_size
         blocks.watch.violations = state.violations
-        if state.last_position >= 0:
-            blocks.answers.last = (state.last_position, state.last_request, state.last_answer)
+        blocks.answers.recent = state.recent
 
     def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """Sizes in bytes; blocks are [first, count]."""

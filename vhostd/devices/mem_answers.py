@@ -25,7 +25,10 @@ NUDGE_MAX_BEATS: Final = 16
 beats without a request, doubling. Not sooner: Linux breaks a long attempt off when it is told."""
 
 Executed: TypeAlias = tuple[int, bytes, bytes]
-"""Position in the ring, request and answer of the request carried out last."""
+"""Position in the ring, request and answer of a request that was carried out."""
+
+RECENT_MAX: Final = 64
+"""Chains that may be on their way through us at once (VHD_CONTROL_CHAINS_MAX in c_src/vhd.h)."""
 
 
 class Nudge:
@@ -58,14 +61,14 @@ class Answers:
     """Answers given to one driver.
 
     Attributes:
-        last: the last request and its answer. Until the answer is out the ring may stop, and the
+        recent: the latest requests carried out. Until an answer is out the ring may stop, and the
             same chain come again; a PLUG carried out twice would be an ERROR, and end the driver.
         counts: how often each answer was given.
         busy_because: why a guest that waits was told BUSY; None: none waits.
     """
 
     def __init__(self) -> None:
-        self.last: Executed | None = None
+        self.recent: list[Executed] = []
         self.counts: Counter[Answer] = Counter()
         self.busy_because: str | None = None
         self._nacks_in_a_row = 0
@@ -74,9 +77,10 @@ class Answers:
 
     def replay(self, chain: Chain) -> list[Effect] | None:
         """The answer to a chain that was carried out before its ring stopped; None for others."""
-        if self.last is None or self.last[:2] != (chain.position, _request_of(chain)):
-            return None
-        return [Complete(chain.queue_index, chain.token, self.last[2])]
+        for position, request, answer in self.recent:
+            if (position, request) == (chain.position, _request_of(chain)):
+                return [Complete(chain.queue_index, chain.token, answer)]
+        return None
 
     def give(
         self, chain: Chain, answer: Answer, state: BlockState = BlockState.PLUGGED
@@ -84,7 +88,7 @@ class Answers:
         """Answer a request that was carried out, or refused."""
         data = response(answer, state)
         self.counts[answer] += 1
-        self.last = (chain.position, _request_of(chain), data)
+        self.recent = [*self.recent[1 - RECENT_MAX :], (chain.position, _request_of(chain), data)]
         return [Complete(chain.queue_index, chain.token, data)]
 
     def too_much(self, chain: Chain) -> list[Effect]:
@@ -116,12 +120,12 @@ class Answers:
         self.busy_because = None
 
     def refused(self) -> None:
-        """A chain was given back unused: the next one may stand where the last request stood."""
-        self.last = None
+        """A chain was given back unused: a later one may stand where a request stood."""
+        self.recent = []
 
     def forget(self) -> None:
         """A new driver: nothing of the old one comes again."""
-        self.last = None
+        self.recent = []
         self.progress()
 
 

@@ -74,6 +74,7 @@ class Plugging:
         self.awaiting_discard = BlockSet(options.block_count)
         self.discard_errors = 0
         self._populating = BlockSet(options.block_count)
+        self._undiscarded = BlockSet(options.block_count)  # the host failed; no fault of the guest
         self._held: _Held | None = None
         self._waiting: deque[Chain] = deque()
 
@@ -106,6 +107,7 @@ class Plugging:
         self.plugged.clear()
         self.awaiting_discard.clear()
         self._populating.clear()
+        self._undiscarded.clear()
         self.watch.forget()
         self.usable_size = self.wanted_usable_size
 
@@ -156,6 +158,7 @@ class Plugging:
 
     def _plug_now(self, chain: Chain, run: Run) -> list[Effect]:
         self.plugged.add(*run)
+        self._undiscarded.remove(*run)
         self.watch.changed(*run)
         self.answers.progress()
         return self._done(chain, [])
@@ -201,8 +204,10 @@ class Plugging:
         self.awaiting_discard.remove(*run)
         self.watch.changed(*run)
         effects: list[Effect] = []
+        self._undiscarded.remove(*run)
         if error is not None:
             self.discard_errors += 1
+            self._undiscarded.add(*run)
             effects.append(Log(DeviceEvent.MEM_DISCARD_FAILED, {**self.told(), "error": error}))
         if self.awaiting_discard.size == 0:
             effects.append(Event(DeviceEvent.MEM_DISCARDED, self.told()))
@@ -221,6 +226,10 @@ class Plugging:
         if held is None or not held.populating or held.run != run:
             # Its driver is gone; a later one may have plugged these blocks meanwhile.
             return [] if self.plugged.has_any(*run) else self._discard(run)
+        if self.awaiting_discard.has_any(*run):
+            # Somebody had these blocks emptied meanwhile: not after the guest has them.
+            self._held = _Held(held.chain, run, populating=False)
+            return []
         self._held = None
         if error is not None:
             log = Log(DeviceEvent.MEM_BUSY, {**self.told(), "error": error})
@@ -256,6 +265,7 @@ class Plugging:
         blocks = self.plugged.copy()
         blocks.update(self.awaiting_discard)
         blocks.update(self._populating)
+        blocks.update(self._undiscarded)
         return blocks
 
     def on_looked(self, found: Mapping[int, int]) -> list[Effect]:
@@ -300,6 +310,11 @@ class Plugging:
 
     def _exceeds_request(self, run: Run) -> bool:
         return self.plugged_size + run[1] * self.options.block_size > self.requested_size
+
+    def discard_again(self) -> list[Effect]:
+        """Try once more to give back what the host could not take."""
+        runs = list(self._undiscarded.runs())
+        return [effect for run in runs for effect in self._discard(run)]
 
     def discard_due(self, part: GuestRange) -> bool:
         """Whether a part of a DiscardMemory should still be carried out."""

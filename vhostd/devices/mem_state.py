@@ -7,22 +7,23 @@ from collections.abc import Sequence
 import msgspec
 
 from vhostd.devices.base import JsonObject
+from vhostd.devices.mem_answers import Executed
 from vhostd.devices.mem_blocks import BlockSet, Run
 from vhostd.devices.mem_window import MemOptions
 
 
 class MemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a successor process needs; runs are [first block, blocks], sizes bytes."""
+    """What a successor process needs; runs are [first block, blocks], sizes bytes.
+
+    recent: see Answers.
+    """
 
     size: int
     block_size: int
     requested_size: int
     usable_size: int
     plugged: list[Run]
-    awaiting_discard: list[Run]
-    last_position: int
-    last_request: bytes
-    last_answer: bytes
+    recent: list[Executed]
     violations: int
 
 
@@ -41,6 +42,8 @@ def decode(saved: JsonObject, options: MemOptions) -> MemState:
     sizes = (state.requested_size, state.usable_size)
     if any(size % state.block_size or not 0 <= size <= state.size for size in sizes):
         raise ValueError("a saved size is no multiple of the block size, or too large")
+    if state.requested_size > state.usable_size:
+        raise ValueError("more was requested than is usable")
     return state
 
 
