@@ -41,6 +41,7 @@ class MemAgainstModel(RuleBasedStateMachine):
         super().__init__()
         self.mem = Mem(MemOptions("mem0", ADDRESS, COUNT * BLOCK, prealloc=self.prealloc))
         self.plugged: set[int] = set()
+        self.failed: set[int] = set()  # the host could not take them back
         self.requested = 0
         self.usable = 0
         self.nacks = 0
@@ -197,6 +198,7 @@ class MemAgainstModel(RuleBasedStateMachine):
         if whole.size > BLOCK:
             self.discards.append(GuestRange(whole.guest_addr + BLOCK, whole.size - BLOCK))
         assert self.mem.discard_due(part)
+        self.failed = self.failed | {first} if fails else self.failed - {first}
         self.perform(self.mem.on_discarded(part, "EIO" if fails else None))
 
     @precondition(lambda self: self.populates)
@@ -269,6 +271,10 @@ class MemAgainstModel(RuleBasedStateMachine):
         assert usable >= requested
 
     @invariant()
+    def what_is_plugged_is_no_failure_any_more(self) -> None:
+        self.failed -= self.plugged
+
+    @invariant()
     def nothing_plugged_is_to_be_discarded(self) -> None:
         for part in self.discards:
             first = (part.guest_addr - ADDRESS) // BLOCK
@@ -283,7 +289,7 @@ class MemAgainstModel(RuleBasedStateMachine):
             first = (part.guest_addr - ADDRESS) // BLOCK
             looked |= set(range(first, first + part.size // BLOCK))
         self.perform(self.mem.on_looked({}))
-        assert looked == set(range(COUNT)) - self.plugged
+        assert looked == set(range(COUNT)) - self.plugged - self.failed
 
 
 class PreallocAgainstModel(MemAgainstModel):
