@@ -249,6 +249,7 @@ class MemAgainstModel(RuleBasedStateMachine):
         assert self.mem.look_begins() == []
         self.perform(self.mem.on_looked({}))
         self.perform(self.mem.inhibit(None))
+        self.nacks = 0
 
     @precondition(lambda self: self.pending is None)
     @rule()
