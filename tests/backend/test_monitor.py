@@ -153,3 +153,15 @@ async def test_a_monitor_that_goes_away_is_found_again(tmp_path: Path) -> None:
         vmm.devices = {"gpu0": "vfio-pci"}
         assert await owner.next() == "unreachable"
         assert await owner.next() == (["gpu0 (vfio-pci)"], None)
+
+
+async def test_a_vmm_is_not_stopped_for_what_the_one_before_it_did(tmp_path: Path) -> None:
+    vmm = Vmm({})
+    async with watched(tmp_path / "qmp", vmm) as (owner, monitor):
+        monitor.stop_vm("the guest uses memory nobody plugged")
+        monitor.vmm_connected()
+        assert await owner.next() == ([], None)
+        await vmm.ready.wait()
+        await vmm.event("RESET")  # handled after whatever came before
+        assert await owner.next() == "reset"
+        assert "stop" not in vmm.executed

@@ -12,7 +12,7 @@ from vhostd.backend.journal import Journal
 from vhostd.backend.vm import Vm
 from vhostd.config import VmConfig
 from vhostd.config_devices import BalloonConfig, MemConfig
-from vhostd.devices.base import Refused
+from vhostd.devices.base import DiscardMemory, MemorySlot, Refused
 from vhostd.log import RateLimiter
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.listener import Listener
@@ -72,3 +72,17 @@ async def test_without_a_vmm_the_memory_as_a_whole_is_not_known(vm: Vm) -> None:
     with pytest.raises(Refused, match="no VMM is connected"):
         vm.set_memory(GiB)
     assert vm.status()["usable"] is None
+
+
+async def test_every_vmm_s_window_waits_for_the_verdict_on_its_machine(vm: Vm) -> None:
+    slots = [MemorySlot(8 * GiB, GiB)]
+    mem = vm.mems["mem0"]
+    for _ in range(2):
+        vm._vmm_connected()
+        assert not any(isinstance(effect, DiscardMemory) for effect in mem.on_memory(slots))
+        assert mem.look_begins() == []
+        mem.on_looked({})
+        vm.on_machine([], None)
+        assert mem.look_begins() == []  # all of it is being given back first
+        mem.on_looked({})
+        mem.on_disconnected()

@@ -66,7 +66,8 @@ class Monitor:
         self._has_work = trio.Event()
 
     def vmm_connected(self) -> None:
-        """A VMM is there: its monitor may be, too."""
+        """A VMM is there: its monitor may be, too. What an earlier one should do is forgotten."""
+        self._stop = None
         self._wanted.set()
 
     def stop_vm(self, why: str) -> None:

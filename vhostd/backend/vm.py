@@ -113,7 +113,6 @@ class Vm:
         self._goal: MemoryGoal | None = None
         journal.listen(self._on_news)
         self._tell_hotplug_size()
-        self._await_machine(self._monitor is not None)
 
     async def run(self) -> None:
         """Serve VMMs until cancelled, or until all connections we were handed have ended."""
@@ -165,6 +164,8 @@ class Vm:
 
     def _vmm_connected(self) -> None:
         if self._monitor is not None:
+            # Another VMM, maybe, whose memory is pinned though that of the last one was not.
+            self._await_machine(True)
             self._monitor.vmm_connected()
 
     def _stop_vm(self, why: str) -> None:
