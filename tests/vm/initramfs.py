@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from tests.vm import e2fsprogs
 from tests.vm.cache import Recipe, StackError, fingerprint, say
 from tests.vm.debian import Archive, unpack
+from tests.vm.e2fsprogs import E2fsprogs
 
 HERE = Path(__file__).parent
-SOURCES = {"agent": HERE / "agent.c", "guesttool": HERE / "guesttool.c"}
+SOURCES = {name: HERE / f"{name}.c" for name in ("agent", "guesttool", "disktool")}
 
 BUSYBOX = "busybox-static"
 BUSYBOX_RECIPE: Recipe = {"version": 1, "package": BUSYBOX}
 
-_FLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
-_FOLDERS = ("bin", "dev", "etc", "lib", "lib/modules", "mnt", "proc", "root", "run", "sys", "tmp")
+_FLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+_FOLDERS = (
+    *("bin", "dev", "etc", "lib", "lib64", "lib/modules", "mnt", "proc", "root", "run", "sys"),
+    "tmp",
+)
 
 INIT = """\
 #!/bin/busybox sh
@@ -62,7 +67,7 @@ def programs_recipe() -> Recipe:
 
 
 def compile_programs(folder: Path) -> None:
-    """Fill `folder` with the agent and the memory tool, static. Raises StackError."""
+    """Fill `folder` with the agent and the tools, static. Raises StackError."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise StackError("no C compiler: install gcc and libc6-dev")
@@ -124,18 +129,32 @@ class Parts:
     kernel: Path
     programs: Path
     busybox: Path
+    e2fsprogs: Path
 
 
 def recipe(series: str, parts: Parts) -> Recipe:
     """What the initramfs of one kernel is made of."""
     return {
-        "version": 1,
+        "version": 2,
         "series": series,
         "init": INIT,
         "kernel": parts.kernel.name,
         "programs": parts.programs.name,
         "busybox": parts.busybox.name,
+        "e2fsprogs": parts.e2fsprogs.name,
     }
+
+
+def _add_e2fsprogs(archive: _Cpio, parts: Parts) -> None:
+    for name, path in E2fsprogs(parts.e2fsprogs).files():
+        place = "lib" if ".so" in name else "etc"
+        if name in e2fsprogs.PROGRAMS:
+            place = "bin"
+        elif name == e2fsprogs.LOADER:
+            place = "lib64"
+        archive.file(f"{place}/{name}", path.read_bytes())
+    archive.link("bin/mkfs.ext4", "mke2fs")
+    archive.link("bin/fsck.ext4", "e2fsck")
 
 
 def write(parts: Parts, folder: Path) -> None:
@@ -158,10 +177,11 @@ def write(parts: Parts, folder: Path) -> None:
         archive.file("etc/group", b"root:x:0:\n", 0o644)
         archive.file("bin/busybox", busybox.read_bytes())
         for applet in listing.stdout.split():
-            if applet != "busybox":
+            if applet != "busybox" and applet not in e2fsprogs.PROGRAMS:
                 archive.link(f"bin/{applet}", "busybox")
         for name in SOURCES:
             archive.file(f"bin/{name}", (parts.programs / name).read_bytes())
+        _add_e2fsprogs(archive, parts)
         modules = f"lib/modules/{release}"
         archive.folder(modules)
         for module in sorted((parts.kernel / "modules").iterdir()):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vm import initramfs, kernels, qemu
+from tests.vm import e2fsprogs, initramfs, kernels, qemu
 from tests.vm.cache import Cache, StackError, cache_root, say
 from tests.vm.debian import Archive
 
@@ -40,6 +40,7 @@ class Stack:
 
     cache: Path
     qemu: qemu.Qemu
+    e2fsprogs: e2fsprogs.E2fsprogs
     kernels: dict[str, Kernel]
 
     def kernel(self, series: str) -> Kernel:
@@ -91,21 +92,24 @@ class _Preparation:
             machine = qemu.unpacked(tree)
         programs = self.cache.find("programs", initramfs.programs_recipe())
         busybox = self.cache.find("busybox", initramfs.BUSYBOX_RECIPE)
-        if programs is None or busybox is None:
+        filesystem = self.cache.find("e2fsprogs", e2fsprogs.RECIPE)
+        if programs is None or busybox is None or filesystem is None:
             return None
         found: dict[str, Kernel] = {}
         for series in self.wanted:
-            kernel = self._find_kernel(series, programs, busybox)
+            kernel = self._find_kernel(series, programs, busybox, filesystem)
             if kernel is None:
                 return None
             found[series] = kernel
-        return Stack(self.cache.root, machine, found)
+        return Stack(self.cache.root, machine, e2fsprogs.E2fsprogs(filesystem), found)
 
-    def _find_kernel(self, series: str, programs: Path, busybox: Path) -> Kernel | None:
+    def _find_kernel(
+        self, series: str, programs: Path, busybox: Path, filesystem: Path
+    ) -> Kernel | None:
         folder = self.cache.find(f"kernel-{series}", kernels.recipe(series))
         if folder is None:
             return None
-        parts = initramfs.Parts(folder, programs, busybox)
+        parts = initramfs.Parts(folder, programs, busybox, filesystem)
         root = self.cache.find(f"initramfs-{series}", initramfs.recipe(series, parts))
         if root is None:
             return None
@@ -130,6 +134,11 @@ class _Preparation:
             initramfs.BUSYBOX_RECIPE,
             lambda folder: initramfs.fetch_busybox(archives.open(qemu.RELEASE), folder),
         )
+        filesystem = self.cache.build(
+            "e2fsprogs",
+            e2fsprogs.RECIPE,
+            lambda folder: e2fsprogs.fetch(archives.open(qemu.RELEASE), folder),
+        )
         if self.installed is None:
             self.cache.build(
                 "qemu",
@@ -137,19 +146,19 @@ class _Preparation:
                 lambda folder: qemu.fetch(archives.open(qemu.RELEASE), folder),
             )
         for series in self.wanted:
-            self._build_kernel(archives, series, programs, busybox)
+            self._build_kernel(archives, series, programs, busybox, filesystem)
         # The indexes are of no use once everything is there; kept, they would only grow stale.
         shutil.rmtree(apt, ignore_errors=True)
 
     def _build_kernel(
-        self, archives: _Archives, series: str, programs: Path, busybox: Path
+        self, archives: _Archives, series: str, programs: Path, busybox: Path, filesystem: Path
     ) -> None:
         def fetch(folder: Path) -> None:
             archive, version = archives.with_kernel(series)
             kernels.fetch(archive, series, version, folder)
 
         kernel = self.cache.build(f"kernel-{series}", kernels.recipe(series), fetch)
-        parts = initramfs.Parts(kernel, programs, busybox)
+        parts = initramfs.Parts(kernel, programs, busybox, filesystem)
         self.cache.build(
             f"initramfs-{series}",
             initramfs.recipe(series, parts),
