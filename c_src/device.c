@@ -103,6 +103,15 @@ int vhd_device_attach(vhd_device *device, vhd_worker *worker)
     return rc;
 }
 
+void vhd_device_set_image(vhd_device *device, vhd_image *image)
+{
+    assert_parked(device);
+    if (image != NULL)
+        vhd_image_hold(image);
+    vhd_image_release(device->image);
+    device->image = image;
+}
+
 void vhd_device_detach(vhd_device *device)
 {
     struct vhd_ring_position position;
@@ -110,6 +119,7 @@ void vhd_device_detach(vhd_device *device)
     assert(device->worker != NULL);
     assert_parked(device);
     vhd_socket_set(device, -1);
+    vhd_device_set_image(device, NULL);
     for (uint32_t i = 0; i < device->queue_count; i++)
         vhd_ring_stop(device, i, &position);
     vhd_worker_remove(device->worker, device);

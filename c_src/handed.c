@@ -73,7 +73,6 @@ int vhd_handed_put(struct vhd_device *device, struct vhd_queue *queue, const str
     pthread_mutex_lock(&device->lock);
     queue->popped++;
     pthread_mutex_unlock(&device->lock);
-    vhd_device_raise(device, VHD_EVENT_CHAINS);
     return 1;
 }
 
@@ -84,7 +83,7 @@ int vhd_chain_take(vhd_device *device, uint32_t index, struct vhd_chain *chain, 
 
     assert(index < device->queue_count);
     pthread_mutex_lock(&device->lock);
-    if (queue->started && queue->taken != queue->popped) {
+    if (queue->started && queue->handler != VHD_HANDLER_FLUSH && queue->taken != queue->popped) {
         const struct vhd_handed_chain *entry = entry_of(queue, queue->taken);
 
         *chain = entry->chain;

@@ -120,6 +120,25 @@ static bool is_control(const struct vhd_queue *queue)
     return queue->handler == VHD_HANDLER_CONTROL || queue->handler == VHD_HANDLER_CONTROL_BLOCKS;
 }
 
+/* Are its chains given back later than they are taken? */
+static bool hands_on(const struct vhd_queue *queue)
+{
+    return is_control(queue) || queue->handler == VHD_HANDLER_FLUSH;
+}
+
+static int hand_on(struct vhd_device *device, struct vhd_queue *queue, const struct vhd_walk *walk,
+                   struct vhd_ring_position before)
+{
+    int rc;
+
+    if (queue->handler == VHD_HANDLER_FLUSH)
+        return vhd_flush_put(device, queue, walk, before);
+    rc = vhd_handed_put(device, queue, walk, before);
+    if (rc > 0)
+        vhd_device_raise(device, VHD_EVENT_CHAINS);
+    return rc;
+}
+
 /* Are a chain's descriptors buffers to read and write, or is their address itself the payload? */
 static bool has_data_ranges(const struct vhd_queue *queue)
 {
@@ -146,7 +165,7 @@ struct turn {
     struct vhd_queue *queue;
     struct vhd_walk *walk;
     int fault;
-    bool taking; /* a chain is taken, and neither given back nor with Python yet */
+    bool taking; /* a chain is taken, and neither given back nor handed on yet */
     struct vhd_ring_position before; /* of the ring when that chain was popped */
 };
 
@@ -156,7 +175,7 @@ static int serve_one(struct turn *turn)
     struct vhd_queue *queue = turn->queue;
     int rc;
 
-    if (is_control(queue) && vhd_handed_full(queue))
+    if (hands_on(queue) && vhd_handed_full(queue))
         return 0;
     turn->before = queue->ring.position;
     turn->taking = true;
@@ -164,8 +183,8 @@ static int serve_one(struct turn *turn)
     if (rc <= 0)
         return rc;
     count(&queue->shared->chains, 1);
-    if (is_control(queue)) {
-        rc = vhd_handed_put(turn->device, queue, turn->walk, turn->before);
+    if (hands_on(queue)) {
+        rc = hand_on(turn->device, queue, turn->walk, turn->before);
         turn->taking = rc < 0;
         return rc;
     }
@@ -198,7 +217,7 @@ static void take_turn(void *argument)
         }
         /* Something may have come between the last look and kicks being on again. */
         if (rc == 0 &&
-            (!vhd_ring_kicks_on(&queue->ring) || (is_control(queue) && vhd_handed_full(queue)))) {
+            (!vhd_ring_kicks_on(&queue->ring) || (hands_on(queue) && vhd_handed_full(queue)))) {
             queue->look = false;
             return;
         }
@@ -245,7 +264,7 @@ bool vhd_device_serve_rings(struct vhd_device *device, struct vhd_walk *walk)
     return left;
 }
 
-/* -- completions from Python ------------------------------------------------------------------ */
+/* -- completions ------------------------------------------------------------------------------ */
 
 struct delivery {
     struct vhd_device *device;
@@ -275,20 +294,33 @@ static void deliver(void *argument)
     }
 }
 
+void vhd_queue_deliver(struct vhd_device *device, struct vhd_queue *queue)
+{
+    struct delivery delivery = {device, queue, VHD_FAULT_NONE};
+
+    if (!queue->started || queue->handed == NULL || queue->shared->fault != VHD_FAULT_NONE)
+        return;
+    if (!vhd_sigbus_guard(deliver, &delivery))
+        delivery.fault = VHD_FAULT_SIGBUS;
+    if (delivery.fault != VHD_FAULT_NONE)
+        quarantine(device, queue, delivery.fault);
+    vhd_queue_publish_position(queue);
+}
+
 void vhd_device_serve_mail(struct vhd_device *device)
 {
     if (!atomic_exchange(&device->mail, false))
         return;
-    for (uint32_t index = 0; index < device->queue_count; index++) {
-        struct vhd_queue *queue = &device->queues[index];
-        struct delivery delivery = {device, queue, VHD_FAULT_NONE};
+    for (uint32_t index = 0; index < device->queue_count; index++)
+        vhd_queue_deliver(device, &device->queues[index]);
+}
 
-        if (!queue->started || queue->handed == NULL || queue->shared->fault != VHD_FAULT_NONE)
-            continue;
-        if (!vhd_sigbus_guard(deliver, &delivery))
-            delivery.fault = VHD_FAULT_SIGBUS;
-        if (delivery.fault != VHD_FAULT_NONE)
-            quarantine(device, queue, delivery.fault);
-        vhd_queue_publish_position(queue);
-    }
+bool vhd_device_flush(struct vhd_worker *worker, struct vhd_device *device)
+{
+    for (uint32_t index = 0; index < device->queue_count; index++)
+        if (vhd_flush_due(&device->queues[index])) {
+            vhd_flush(worker, device, index);
+            return true;
+        }
+    return false;
 }

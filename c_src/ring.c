@@ -146,25 +146,3 @@ void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size)
     if (ring->log != NULL && (ring->features & VHD_RING_LOG_USED))
         (void)vhd_log_mark(ring->log, ring->log_addr + offset, size);
 }
-
-const char *vhd_fault_name(uint32_t fault)
-{
-    static const char *const names[VHD_FAULT_COUNT] = {
-        [VHD_FAULT_NONE] = "none",
-        [VHD_FAULT_AVAIL_INDEX] = "available index ran ahead of the queue size",
-        [VHD_FAULT_HEAD] = "head index beyond the queue size",
-        [VHD_FAULT_NEXT] = "next index beyond its table",
-        [VHD_FAULT_LOOP] = "descriptor chain loops",
-        [VHD_FAULT_CHAIN_LENGTH] = "descriptor chain too long",
-        [VHD_FAULT_INDIRECT] = "illegal indirect descriptor",
-        [VHD_FAULT_ZERO_LENGTH] = "descriptor of length 0",
-        [VHD_FAULT_ORDER] = "readable descriptor after a writable one",
-        [VHD_FAULT_ADDRESS] = "address outside guest memory",
-        [VHD_FAULT_SIZE] = "chain of 4 GiB or more",
-        [VHD_FAULT_DUPLICATE] = "buffer made available twice",
-        [VHD_FAULT_PACKED_ID] = "buffer id beyond the queue size",
-        [VHD_FAULT_SIGBUS] = "guest memory file was truncated",
-    };
-
-    return fault < VHD_FAULT_COUNT ? names[fault] : "unknown";
-}

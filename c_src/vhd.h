@@ -10,6 +10,7 @@
  *   guest_mem.c      guest range -> host pointer, checked; mapping.c the mapped files.
  *   balloon.c        inflate, deflate, report: page numbers -> runs -> discards.
  *   discard.c        the one place that punches holes.   window.c  ranges plugged and unplugged.
+ *   flush.c          pmem requests: one sync answers many.   image.c  the file: syncs, page cache.
  *   dirty_log.c      the migration log.   sigbus.c   survives a truncated memory file.
  *
  * Rules: guest memory is read once into a local with the loads of barrier.h, then checked, then
@@ -206,6 +207,10 @@ int vhd_balloon_deflate(struct vhd_balloon *balloon, const struct vhd_table *tab
 int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *table,
                        const struct vhd_walk *walk);
 
+/* -- image.c ---------------------------------------------------------------------------------- */
+
+void vhd_image_hold(struct vhd_image *image);
+
 /* -- device.c, socket.c, worker.c -------------------------------------------------------------- */
 
 enum {
@@ -238,7 +243,8 @@ struct vhd_queue {
     bool look; /* something may be available */
     int kick_fd, call_fd, err_fd;
     struct vhd_ring_shared *shared;
-    /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows. Counted by token;
+    /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows, or on a ring of
+     * flush.c are answered. Counted by token;
      * guarded by the device's lock, but the worker alone writes an entry before it is popped. */
     struct vhd_handed_chain *handed;
     uint32_t oldest, taken, popped;
@@ -258,6 +264,7 @@ struct vhd_device {
     pthread_mutex_t lock; /* config bytes and handed chains; never held over guest memory */
     uint8_t config_writable[VHD_CONFIG_SIZE_MAX];
     struct vhd_balloon balloon;
+    struct vhd_image *image; /* held; NULL = none */
     struct vhd_log *log;
     int socket_fd;
     _Atomic bool socket_watched;
@@ -280,12 +287,19 @@ bool vhd_worker_wants_park(const struct vhd_worker *worker);
 void vhd_worker_notify(struct vhd_worker *worker);
 int vhd_worker_add(struct vhd_worker *worker, struct vhd_device *device);
 void vhd_worker_remove(struct vhd_worker *worker, struct vhd_device *device);
+struct vhd_device *vhd_worker_device(struct vhd_worker *worker, uint32_t slot); /* or NULL */
+/* The worker's own thread: between these two it touches neither rings nor devices and counts as
+ * parked. After return() every device may be another, or gone. */
+void vhd_worker_leave(struct vhd_worker *worker);
+void vhd_worker_return(struct vhd_worker *worker);
 
 /* device.c, called by the worker. */
 void vhd_device_raise(struct vhd_device *device, uint32_t event);
 void vhd_device_serve_mail(struct vhd_device *device);
 /* Serve what is available, bounded; true when something is left. */
 bool vhd_device_serve_rings(struct vhd_device *device, struct vhd_walk *walk);
+/* Sync for what waits for it on one ring; true when it did, and the device may be gone. */
+bool vhd_device_flush(struct vhd_worker *worker, struct vhd_device *device);
 
 /* queue.c: the kick is watched from start to stop, -errno; listened to only while served. */
 int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue);
@@ -296,6 +310,8 @@ void vhd_queue_call(struct vhd_queue *queue);
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written);
 struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue);
 void vhd_queue_publish_position(struct vhd_queue *queue);
+/* Give back the chains that are completed, oldest first. */
+void vhd_queue_deliver(struct vhd_device *device, struct vhd_queue *queue);
 
 /* handed.c: room for another chain; put one (1, or -(enum vhd_fault)); give back the oldest if it
  * is completed (1, 0, or -(enum vhd_fault)). */
@@ -305,6 +321,12 @@ bool vhd_handed_full(const struct vhd_queue *queue);
 int vhd_handed_put(struct vhd_device *device, struct vhd_queue *queue, const struct vhd_walk *walk,
                    struct vhd_ring_position before);
 int vhd_handed_deliver_one(struct vhd_device *device, struct vhd_queue *queue);
+
+/* flush.c: put a request, as vhd_handed_put(); does one wait for a sync; sync and answer. */
+int vhd_flush_put(struct vhd_device *device, struct vhd_queue *queue, const struct vhd_walk *walk,
+                  struct vhd_ring_position before);
+bool vhd_flush_due(const struct vhd_queue *queue);
+void vhd_flush(struct vhd_worker *worker, struct vhd_device *device, uint32_t index);
 
 /* socket.c, called by the worker when the socket has something. */
 void vhd_socket_serve(struct vhd_device *device, uint32_t events);

@@ -51,7 +51,8 @@ enum vhd_handler {
     VHD_HANDLER_CONTROL_BLOCKS, /* the same, but writable descriptors are ranges, not buffers */
     VHD_HANDLER_INFLATE,
     VHD_HANDLER_DEFLATE,
-    VHD_HANDLER_REPORT
+    VHD_HANDLER_REPORT,
+    VHD_HANDLER_FLUSH /* virtio-pmem requests, answered after a sync of the device's image */
 };
 
 /* Bits of vhd_ring_setup.features */
@@ -65,11 +66,12 @@ enum {
 
 /* Bits returned by vhd_device_take_events() */
 enum {
-    VHD_EVENT_SOCKET = 1,     /* the socket needs Python: a cold message, or end of file */
-    VHD_EVENT_CONFIG = 2,     /* the guest wrote its config bytes */
-    VHD_EVENT_CHAINS = 4,     /* control chains wait in an inbox */
-    VHD_EVENT_FAULT = 8,      /* a ring was quarantined; see vhd_ring_shared.fault */
-    VHD_EVENT_HOST_ERROR = 16 /* a discard failed; see vhd_balloon_counters.discard_errno */
+    VHD_EVENT_SOCKET = 1,       /* the socket needs Python: a cold message, or end of file */
+    VHD_EVENT_CONFIG = 2,       /* the guest wrote its config bytes */
+    VHD_EVENT_CHAINS = 4,       /* control chains wait in an inbox */
+    VHD_EVENT_FAULT = 8,        /* a ring was quarantined; see vhd_ring_shared.fault */
+    VHD_EVENT_HOST_ERROR = 16,  /* a discard failed; see vhd_balloon_counters.discard_errno */
+    VHD_EVENT_FLUSH_FAILED = 32 /* the guest was told that a flush failed */
 };
 
 /* Bits of vhd_balloon_configure() */
@@ -122,6 +124,13 @@ struct vhd_balloon_counters {
     uint64_t pages_kept;      /* given up, kept because their host page is not complete */
 };
 
+struct vhd_pmem_counters {
+    uint64_t flushes;      /* requests that were answered, well or badly */
+    uint64_t flush_errors; /* of these: the sync failed, or one has before */
+    uint64_t malformed;    /* of an unknown type, or too short; answered as failed where possible */
+    uint64_t batches;      /* syncs made for them: one serves all requests taken before it began */
+};
+
 struct vhd_shared {
     uint32_t magic;
     uint32_t version;
@@ -131,6 +140,7 @@ struct vhd_shared {
     uint64_t config_reads; /* answered by the worker */
     uint64_t config_writes;
     struct vhd_balloon_counters balloon;
+    struct vhd_pmem_counters pmem;
     struct vhd_ring_shared rings[8];
 };
 
@@ -186,7 +196,8 @@ vhd_worker *vhd_worker_create(const char *name, int *error); /* starts the threa
 void vhd_worker_destroy(vhd_worker *worker);
 /* An eventfd that becomes readable when any device has events or the worker has parked. [any] */
 int vhd_worker_notify_fd(const vhd_worker *worker);
-/* Ask the worker to stop between two chains; notify_fd tells when it has. [any] */
+/* Ask the worker to stop between two chains; notify_fd tells when it has, or it is at once: while
+ * the worker syncs an image it counts as parked. [any] */
 void vhd_worker_park(vhd_worker *worker);
 int vhd_worker_parked(const vhd_worker *worker);
 void vhd_worker_unpark(vhd_worker *worker); /* [parked] */
@@ -276,4 +287,52 @@ void vhd_balloon_configure(vhd_device *device, uint32_t flags); /* [any] VHD_BAL
 /* The driver started afresh: nothing is in the balloon any more. [parked] */
 void vhd_balloon_reset(vhd_device *device);
 
-const char *vhd_fault_name(uint32_t fault); /* static text for a log line */
+/* -- images: files that are a guest's persistent memory --------------------------------------- */
+
+typedef struct vhd_image vhd_image;
+
+/* How an image does, as a successor finds it too. Sizes in bytes, times in nanoseconds. */
+struct vhd_image_shared {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t failed_errno; /* not 0: a sync failed, and every later one does until it is cleared */
+    uint32_t syncing;      /* a sync is under way: who finds this 1 knows nothing of its outcome */
+    uint64_t syncs;
+    uint64_t sync_ns; /* spent in all of them */
+    uint64_t sync_ns_last;
+    uint64_t sync_ns_max;
+};
+
+/* Page cache of an image, bytes. */
+struct vhd_image_cache {
+    uint64_t cached;
+    uint64_t dirty;
+    uint64_t writeback;
+};
+
+/* For a regular file or block device; the fd is duplicated. NULL: *error is -errno. [any] */
+vhd_image *vhd_image_create(int fd, int *error);
+/* The last user closes it: a worker may be in a sync that ends much later. [any] */
+void vhd_image_release(vhd_image *image);
+const struct vhd_image_shared *vhd_image_shared(const vhd_image *image);
+/* Make all that was written durable; blocks. One sync at a time: the kernel reports a write error
+ * once for each open file, and whoever waits must learn of it. Once one failed all fail with the
+ * same -errno. [any] */
+int vhd_image_sync(vhd_image *image);
+/* Declare it failed, or forget that it is (blocks as long as a sync). [any] */
+void vhd_image_fail(vhd_image *image, uint32_t error);
+void vhd_image_clear(vhd_image *image);
+/* Begin to write dirty pages without waiting for them; may block where the disk's queue is full.
+ * Errors are left for the next sync to report. [any] */
+int vhd_image_write_back(vhd_image *image);
+/* -ENOSYS: the kernel has no cachestat(2). [any] */
+int vhd_image_cache(vhd_image *image, struct vhd_image_cache *cache);
+
+/* Advise another process' memory (its address, bytes), which needs the right to look into it and
+ * CAP_SYS_NICE: take the pages out of host memory; or forget that they were used. [any] */
+int vhd_process_page_out(int pidfd, uint64_t address, uint64_t size);
+int vhd_process_cool(int pidfd, uint64_t address, uint64_t size);
+
+/* Whose syncs the device's VHD_HANDLER_FLUSH ring asks for; the device holds it until it gets
+ * another, NULL or is detached. [parked] */
+void vhd_device_set_image(vhd_device *device, vhd_image *image);

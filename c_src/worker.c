@@ -21,7 +21,8 @@ struct vhd_worker {
     _Atomic bool stop;
     _Atomic bool park_wanted;
     _Atomic bool parked;
-    pthread_mutex_t lock; /* for unparked alone */
+    bool away;            /* under lock: it syncs, and is parked as soon as anybody wants it */
+    pthread_mutex_t lock; /* parking alone */
     pthread_cond_t unparked;
     _Atomic uint64_t rounds;
     struct vhd_device *devices[VHD_DEVICES_MAX]; /* changed only while parked */
@@ -106,6 +107,39 @@ static void stay_parked(struct vhd_worker *worker)
     pthread_mutex_unlock(&worker->lock);
 }
 
+void vhd_worker_leave(struct vhd_worker *worker)
+{
+    pthread_mutex_lock(&worker->lock);
+    worker->away = true;
+    if (atomic_load(&worker->park_wanted)) {
+        atomic_store_explicit(&worker->parked, true, memory_order_release);
+        vhd_worker_notify(worker);
+    }
+    pthread_mutex_unlock(&worker->lock);
+}
+
+void vhd_worker_return(struct vhd_worker *worker)
+{
+    pthread_mutex_lock(&worker->lock);
+    worker->away = false;
+    pthread_mutex_unlock(&worker->lock);
+    stay_parked(worker); /* if somebody parked it meanwhile */
+}
+
+struct vhd_device *vhd_worker_device(struct vhd_worker *worker, uint32_t slot)
+{
+    return worker->devices[slot];
+}
+
+/* One sync at most, so that rings are looked at between two. */
+static bool flush(struct vhd_worker *worker)
+{
+    for (uint32_t slot = 0; slot < VHD_DEVICES_MAX; slot++)
+        if (worker->devices[slot] != NULL && vhd_device_flush(worker, worker->devices[slot]))
+            return true;
+    return false;
+}
+
 static bool serve_rings(struct vhd_worker *worker)
 {
     bool left = false;
@@ -159,7 +193,7 @@ static void *run(void *argument)
             continue;
         }
         left = serve_rings(worker);
-        if (vhd_worker_wants_park(worker))
+        if (vhd_worker_wants_park(worker) || flush(worker))
             continue;
         count = epoll_wait(worker->epoll_fd, events, EPOLL_EVENTS, left ? 0 : -1);
         assert(count >= 0 || errno == EINTR);
@@ -263,7 +297,11 @@ int vhd_worker_notify_fd(const vhd_worker *worker)
 
 void vhd_worker_park(vhd_worker *worker)
 {
+    pthread_mutex_lock(&worker->lock);
     atomic_store(&worker->park_wanted, true);
+    if (worker->away)
+        atomic_store_explicit(&worker->parked, true, memory_order_release);
+    pthread_mutex_unlock(&worker->lock);
     vhd_worker_wake(worker);
 }
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vhostd.config import Config, MetricsConfig, VmConfig, load
-from vhostd.config_devices import BalloonConfig
+from vhostd.config_devices import BalloonConfig, MemConfig, PmemConfig
 from vhostd.errors import ConfigError
+from vhostd.units import GiB
 
 EXAMPLE = """
 [daemon]
@@ -169,9 +170,35 @@ def test_other_listen_addresses(file: Path) -> None:
     assert load(file).metrics == MetricsConfig("::1", 0)
 
 
-def test_devices_this_version_lacks_are_a_mistake_and_nothing_else_is(mistakes: Mistakes) -> None:
-    not_served = "not served by this version; remove the table"
-    assert mistakes(EXAMPLE + MEM + PMEM) == [f"vm.web.pmem[0]: {not_served}"]
+def test_the_contracts_other_devices_are_read_as_written(file: Path) -> None:
+    file.write_text(EXAMPLE + MEM + PMEM)
+    vm = load(file).vms["web"]
+    assert vm.mems == (
+        MemConfig("mem0", Path("/run/vhostd/web-mem0.sock"), 0x2_4000_0000, 16 * GiB),
+    )
+    image = Path("/var/lib/images/disk0.img")
+    assert vm.pmems == (PmemConfig("disk0", Path("/run/vhostd/web-disk0.sock"), image, 4 * GiB),)
+    assert vm.sockets == [
+        Path(f"/run/vhostd/web-{name}.sock") for name in ("balloon", "mem0", "disk0")
+    ]
+
+
+def test_an_image_is_shared_by_those_who_only_read_it(file: Path, mistakes: Mistakes) -> None:
+    other = PMEM.replace("web", "db")
+    line = (
+        "vm: /var/lib/images/disk0.img is the image of vm.web.pmem disk0 and vm.db.pmem disk0;"
+        " only read-only devices may share one"
+    )
+    assert mistakes(EXAMPLE + PMEM + other) == [line]
+    assert mistakes(EXAMPLE + PMEM.replace("false", "true") + other) == [line]
+    file.write_text(EXAMPLE + (PMEM + other).replace("false", "true"))
+    assert [vm.pmems[0].readonly for vm in load(file).vms.values()] == [True, True]
+
+
+def test_windows_of_one_vm_lie_apart_whatever_they_are_for(mistakes: Mistakes) -> None:
+    window = PMEM.replace('"shmem"', '"window"') + "window_address = 0x240000000\n"
+    (line,) = mistakes(EXAMPLE + MEM + window)
+    assert "pmem[0].window_address" in line and "overlap the window of mem0" in line
 
 
 @pytest.mark.parametrize(
@@ -194,6 +221,10 @@ def test_devices_this_version_lacks_are_a_mistake_and_nothing_else_is(mistakes: 
         ('"shmem"', '"dax"', "'dax' is not one of shmem, window"),
         ('mode = "shmem"', "window_address = 0x240000000", "means nothing with mode"),
         ('"/var/lib/images/disk0.img"', '"disk0.img"', "'disk0.img' is not an absolute path"),
+        ('"4GiB"', '"4097M"', "pmem[0].size: 4296015872 must be a multiple of 2097152"),
+        ('"shmem"', '"shmem"\ncold_cache_s = 0.5', "pmem[0].cold_cache_s: 0.5 is out of range"),
+        ('"shmem"', '"shmem"\nreadahead = "fast"', "'fast' is not one of normal, sequential"),
+        ('"shmem"', '"shmem"\nwriteback_limit = "x"', "pmem[0].writeback_limit: 'x' is not a"),
     ],
 )
 def test_their_tables_are_checked_all_the_same(

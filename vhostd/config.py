@@ -18,10 +18,12 @@ from typing import Final, Literal
 from vhostd.config_devices import (
     BalloonConfig,
     MemConfig,
+    PmemConfig,
+    WindowPlace,
     check_overlap,
-    check_pmem,
     read_balloon,
     read_mem,
+    read_pmem,
 )
 from vhostd.config_reader import Mistakes, Table
 from vhostd.errors import ConfigError
@@ -35,7 +37,6 @@ SOCKET_PATH_MAX: Final = 107
 """Bytes: sockaddr_un.sun_path holds 108 with its terminating zero."""
 VM_NAME_MAX: Final = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NOT_SERVED: Final = "not served by this version; remove the table"
 
 LogFormat = Literal["json", "console"]
 
@@ -48,12 +49,14 @@ class VmConfig:
     qmp: Path | None = None
     balloon: BalloonConfig | None = None
     mems: tuple[MemConfig, ...] = ()
+    pmems: tuple[PmemConfig, ...] = ()
 
     @property
     def sockets(self) -> list[Path]:
-        """Of its devices: the balloon's, then those of the memory devices, in order."""
+        """Of its devices: the balloon's, those of the memory devices, of the disks; in order."""
         balloon = [] if self.balloon is None else [self.balloon.socket]
-        return balloon + [mem.socket for mem in self.mems]
+        mems = [mem.socket for mem in self.mems]
+        return balloon + mems + [pmem.socket for pmem in self.pmems]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,6 @@ class Config:
     @property
     def control_socket(self) -> Path:
         return self.runtime_dir / CONTROL_SOCKET
-
-    @property
-    def control_read_only_socket(self) -> Path:
-        return self.runtime_dir / CONTROL_READ_ONLY_SOCKET
 
 
 def load(path: Path, *, runtime_dir: Path | None = None, state_dir: Path | None = None) -> Config:
@@ -131,6 +130,7 @@ def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Conf
     vms: dict[str, VmConfig] = {}
     for name, table in root.tables("vm"):
         vms[name] = _vm(name, table, sockets)
+    _check_images(root, vms)
     if not vms:
         root.mistake("vm", "no VM is described; write a table such as [vm.web.balloon]")
     root.end()
@@ -141,6 +141,20 @@ def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Conf
         metrics=metrics,
         vms=vms,
     )
+
+
+def _check_images(root: Table, vms: Mapping[str, VmConfig]) -> None:
+    """An image that a device may write to is nobody else's."""
+    users: dict[Path, list[tuple[str, PmemConfig]]] = {}
+    for name, vm in vms.items():
+        for pmem in vm.pmems:
+            users.setdefault(pmem.file, []).append((f"vm.{name}.pmem {pmem.id}", pmem))
+    for file, devices in users.items():
+        if len(devices) > 1 and not all(pmem.readonly for _, pmem in devices):
+            names = " and ".join(name for name, _ in devices)
+            root.mistake(
+                "vm", f"{file} is the image of {names}; only read-only devices may share one"
+            )
 
 
 def _metrics(table: Table) -> MetricsConfig | None:
@@ -210,6 +224,11 @@ def _device_identifier(table: Table, taken: set[str]) -> str:
     return identifier
 
 
+def _add_window(table: Table, window: WindowPlace, windows: list[WindowPlace]) -> None:
+    check_overlap(table, window, windows)
+    windows.append(window)
+
+
 def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
     _check_name(table, name)
     qmp = table.absolute_path("qmp")
@@ -220,23 +239,25 @@ def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
         found = table.table("balloon")
         balloon = read_balloon(found, sockets.read(found, f"{name}-balloon.sock"))
     identifiers: set[str] = set()
+    windows: list[WindowPlace] = []
     mems: list[MemConfig] = []
     for device in table.array("mem"):
         identifier = _device_identifier(device, identifiers)
         mem = read_mem(device, identifier, sockets.read(device, f"{name}-{identifier}.sock"))
         if mem.on_violation == "stop" and qmp is None:
             device.mistake("on_violation", f'"stop" needs qmp in [{table.where}], to stop the VM')
-        check_overlap(device, mem, mems)
+        _add_window(device, WindowPlace(mem.id, mem.window_address, mem.size), windows)
         mems.append(mem)
         device.end()
-    pmems = table.array("pmem")
-    for device in pmems:
+    pmems: list[PmemConfig] = []
+    for device in table.array("pmem"):
         identifier = _device_identifier(device, identifiers)
-        sockets.read(device, f"{name}-{identifier}.sock")
-        check_pmem(device)
+        pmem = read_pmem(device, identifier, sockets.read(device, f"{name}-{identifier}.sock"))
+        if pmem.mode == "window":
+            _add_window(device, WindowPlace(pmem.id, pmem.window_address, pmem.size), windows)
+        pmems.append(pmem)
         device.end()
-        device.mistake("", _NOT_SERVED)
     if balloon is None and not mems and not pmems and "balloon" not in table:
         table.mistake("", f"has no device; write a table [{table.where}.balloon]")
     table.end()
-    return VmConfig(name, qmp, balloon, tuple(mems))
+    return VmConfig(name, qmp, balloon, tuple(mems), tuple(pmems))

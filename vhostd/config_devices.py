@@ -20,6 +20,8 @@ MEM_BLOCK_SIZE_MIN: Final = 2 * MiB
 """A huge page of the host: a smaller block could get memory because of its neighbour's use."""
 PMEM_ALIGNMENT: Final = 2 * MiB
 """Linux maps persistent memory in sections of this size."""
+COLD_CACHE_MIN_S: Final = 1.0
+COLD_CACHE_MAX_S: Final = 30 * 86400.0
 NODE_MAX: Final = 1023
 """Linux's limit, CONFIG_NODES_SHIFT."""
 GUEST_ADDRESS_MAX: Final = 1 << 52
@@ -68,6 +70,36 @@ class MemConfig:
     host_node: int | None = None
     prealloc: bool = False
     on_violation: str = "report"
+    packed: bool = True
+    in_order: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PmemConfig:
+    """One of [[vm.NAME.pmem]]; sizes in bytes.
+
+    Attributes:
+        socket: absolute path; by default NAME-ID.sock in the runtime directory.
+        file: the raw image, or a block device; size: of it, as the guest sees it.
+        mode: "shmem", or "window" with a window_address (guest-physical).
+        node: NUMA node of the window in the guest.
+        writeback_limit: begin to write to the disk when more than this is dirty; 0: the kernel's
+            own habits.
+        cold_cache_s: give back the page cache of an image nobody used for so long; 0: never.
+        readahead: "normal" or "sequential".
+    """
+
+    id: str
+    socket: Path
+    file: Path
+    size: int
+    mode: str = "shmem"
+    window_address: int = 0
+    node: int = 0
+    readonly: bool = False
+    writeback_limit: int = 64 * MiB
+    cold_cache_s: float = 0.0
+    readahead: str = "normal"
     packed: bool = True
     in_order: bool = True
 
@@ -158,27 +190,60 @@ def _node(table: Table, key: str) -> int | None:
     return int(node)
 
 
-def check_pmem(table: Table) -> None:
-    """One of [[vm.NAME.pmem]], which are not served yet."""
-    table.absolute_path("file", required=True)
-    _multiple(table, "size", table.size("size", required=True), PMEM_ALIGNMENT, PMEM_ALIGNMENT)
+def read_pmem(table: Table, identifier: str, socket: Path) -> PmemConfig:
+    """One of [[vm.NAME.pmem]]; its id and socket are read already."""
+    file = table.absolute_path("file", required=True)
+    size = table.size("size", required=True)
+    _multiple(table, "size", size, PMEM_ALIGNMENT, PMEM_ALIGNMENT)
     mode = table.choice("mode", ("shmem", "window")) or "shmem"
     if mode == "shmem" and "window_address" in table:
         table.mistake("window_address", 'means nothing with mode = "shmem"; remove it')
-    _window(table, PMEM_ALIGNMENT, required=mode == "window")
-    table.boolean("readonly", False)
+    address = _window(table, PMEM_ALIGNMENT, required=mode == "window")
+    default = PmemConfig(identifier, socket, file or Path("/"), size or 0)
+    limit = table.size("writeback_limit", default=default.writeback_limit)
+    cold_cache_s = table.number("cold_cache_s", default.cold_cache_s)
+    if cold_cache_s and not COLD_CACHE_MIN_S <= cold_cache_s <= COLD_CACHE_MAX_S:
+        table.mistake(
+            "cold_cache_s",
+            f"{cold_cache_s:g} is out of range; write 0 (never) or {COLD_CACHE_MIN_S:g} to"
+            f" {COLD_CACHE_MAX_S:g} seconds",
+        )
+    return PmemConfig(
+        id=identifier,
+        socket=socket,
+        file=default.file,
+        size=default.size,
+        mode=mode,
+        window_address=address if mode == "window" else 0,
+        node=_node(table, "node") or 0,
+        readonly=table.boolean("readonly", default.readonly),
+        writeback_limit=limit or 0,
+        cold_cache_s=cold_cache_s,
+        readahead=table.choice("readahead", ("normal", "sequential")) or default.readahead,
+        packed=table.boolean("packed", default.packed),
+        in_order=table.boolean("in_order", default.in_order),
+    )
 
 
-def check_overlap(table: Table, mem: MemConfig, others: Sequence[MemConfig]) -> None:
+@dataclass(frozen=True, slots=True)
+class WindowPlace:
+    """A window of a VM: guest-physical address, bytes, and whose it is."""
+
+    id: str
+    address: int
+    size: int
+
+
+def check_overlap(table: Table, window: WindowPlace, others: Sequence[WindowPlace]) -> None:
     """No two windows of a VM may overlap."""
     for other in others:
         if (
-            mem.window_address < other.window_address + other.size
-            and other.window_address < mem.window_address + mem.size
+            window.address < other.address + other.size
+            and other.address < window.address + window.size
         ):
             table.mistake(
                 "window_address",
-                f"{mem.window_address:#x} and size {mem.size} overlap the window of {other.id}",
+                f"{window.address:#x} and size {window.size} overlap the window of {other.id}",
             )
 
 
@@ -193,5 +258,20 @@ def mem_from_options(
     mistakes = Mistakes(program)
     given = {key: value for key, value in options.items() if value is not None}
     config = read_mem(Table(given, mistakes), identifier, socket)
+    mistakes.raise_if_any()
+    return config
+
+
+def pmem_from_options(
+    program: str, identifier: str, socket: Path, options: Mapping[str, object]
+) -> PmemConfig:
+    """A pmem device from a command line; options are named as the table's keys, None = not given.
+
+    Raises:
+        ConfigError: some of them are wrong; all of those are named.
+    """
+    mistakes = Mistakes(program)
+    given = {key: value for key, value in options.items() if value is not None}
+    config = read_pmem(Table(given, mistakes), identifier, socket)
     mistakes.raise_if_any()
     return config

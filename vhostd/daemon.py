@@ -19,7 +19,7 @@ from vhostd.config import Config, MetricsConfig, VmConfig
 from vhostd.control.events import EventStream
 from vhostd.control.interface import DeviceSocket, HintAction, MemoryWindow
 from vhostd.control.server import serve_control
-from vhostd.devices.registry import BALLOON, MEM, DeviceKind
+from vhostd.devices.registry import BALLOON, MEM, PMEM, DeviceKind
 from vhostd.errors import HostError, VhostdError
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
@@ -50,6 +50,12 @@ class ServedVm:
         for mem in config.mems:
             window = MemoryWindow(mem.window_address, mem.size, mem.node)
             devices.append(_device_socket(MEM, mem.id, mem.socket, window))
+        for pmem in config.pmems:
+            image = MemoryWindow(
+                pmem.window_address, pmem.size, pmem.node, pmem.file, readonly=pmem.readonly
+            )
+            window_or_none = image if pmem.mode == "window" else None
+            devices.append(_device_socket(PMEM, pmem.id, pmem.socket, window_or_none))
         return devices
 
     async def set_balloon_target(self, size: int) -> None:
@@ -67,6 +73,20 @@ class ServedVm:
     async def resize_mem(self, device: str | None, size: int) -> str:
         """Ask the guest to use `size` bytes of a memory device. Raises Refused."""
         return self._vm.resize_mem(device, size)
+
+    async def flush_pmem(self, device: str | None) -> str:
+        """Make a disk's image durable. Raises Refused."""
+        pmem = self._vm.find_pmem(device)
+        await self._vm.storage_of(pmem).flush()
+        return pmem.options.id
+
+    async def drop_pmem_cache(self, device: str | None) -> dict[str, Any]:
+        """Give the page cache of a disk's image back to the host. Raises Refused."""
+        return await self._vm.storage_of(self._vm.find_pmem(device)).drop_cache()
+
+    async def clear_pmem(self, device: str | None) -> str:
+        """Let flushes of a disk succeed again. Raises Refused."""
+        return await self._vm.clear_pmem(device)
 
     async def set_memory(self, size: int) -> dict[str, Any]:
         """Ask for `size` bytes of usable memory. Raises Refused."""

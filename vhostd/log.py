@@ -44,6 +44,13 @@ class LogEvent(StrEnum):
     QUEUE_QUARANTINED = "queue_quarantined"
     CHAIN_REJECTED = "chain_rejected"
     DISCARD_FAILED = "discard_failed"
+    IMAGE_UNUSABLE = "image_unusable"
+    IMAGE_NOT_LOCKED = "image_not_locked"
+    IMAGE_NOT_MAPPED = "image_not_mapped"
+    IMAGE_FAILED = "image_failed"
+    IMAGE_REMOVED = "image_removed"
+    IMAGE_NO_SPACE = "image_no_space"
+    CACHE_DROPPED = "pmem_cache_dropped"
     HOST_ERROR = "host_error"
     LINES_SUPPRESSED = "lines_suppressed"
 

@@ -13,27 +13,10 @@ import click
 from vhostd import __version__, single
 from vhostd.config import VmConfig
 from vhostd.config_devices import mem_from_options
-from vhostd.units import parse_size
+from vhostd.single import Size
 
 CAPABILITIES = {"type": "mem", "features": []}
 VM_NAME = "mem"
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # not generic in older releases
-    """A SIZE in bytes."""
-
-    name = "SIZE"
-
-    def convert(
-        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Read it; a number that is one already stays."""
-        if isinstance(value, int):
-            return value
-        try:
-            return int(value, 16) if value.startswith("0x") else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

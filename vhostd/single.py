@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 
 from vhostd.errors import ConfigError, VhostdError
+from vhostd.units import parse_size
 
 PRINT_CAPABILITIES: Final = "--print-capabilities"
 NO_PATH: Final = Path("/")
@@ -26,6 +27,23 @@ COMMON_OPTIONS: Final = (
     ),
     click.option("--runtime-dir", type=click.Path(path_type=Path), help="put control.sock here"),
 )
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # not generic in older releases
+    """A SIZE in bytes."""
+
+    name = "SIZE"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Read it; a number that is one already stays."""
+        if isinstance(value, int):
+            return value
+        try:
+            return int(value, 16) if value.startswith("0x") else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -112,6 +112,15 @@ class BalloonVm:
             "qmp": False,
         }
 
+    async def flush_pmem(self, device: str | None) -> str:
+        raise Refused(f"which disk? VM {self.name!r} has none")
+
+    async def drop_pmem_cache(self, device: str | None) -> JsonObject:
+        raise Refused(f"which disk? VM {self.name!r} has none")
+
+    async def clear_pmem(self, device: str | None) -> str:
+        raise Refused(f"which disk? VM {self.name!r} has none")
+
     async def set_balloon_target(self, size: int) -> None:
         self._perform(self.balloon.set_target(size))
 

@@ -17,12 +17,15 @@ ARROWS: dict[str, set[str]] = {
     "devices": {"protocol"},
     "_native": set(),
     "memory": {"_native"},
+    "images": {"_native"},
     "backend": {
-        "transport", "protocol", "session", "devices", "memory", "_native", "log", "config",
-        "config_devices", "qmp",
+        "transport", "protocol", "session", "devices", "memory", "images", "_native", "log",
+        "config", "config_devices", "qmp",
     },
     "metrics": {"control"},
-    "control": {"metrics", "config", "log"},
+    "keeper": {"systemd"},
+    "handover": set(),
+    "control": {"metrics", "config", "log", "images"},
 }  # fmt: skip
 PURE = {"protocol", "session", "devices"}
 NOT_PURE = {"trio", "cffi", "time", "socket", "asyncio", "threading"}

@@ -5,6 +5,7 @@ not know messages or device logic.
 """
 
 from vhostd._native.device import Device
+from vhostd._native.image import Image, process_cool, process_page_out
 from vhostd._native.memory import Log, Mapping, Region
 from vhostd._native.values import (
     BalloonCounters,
@@ -13,6 +14,9 @@ from vhostd._native.values import (
     Event,
     Fault,
     Handler,
+    ImageCache,
+    ImageStatistics,
+    PmemCounters,
     RingFeature,
     RingPosition,
     RingSetup,
@@ -28,12 +32,18 @@ __all__ = [
     "Event",
     "Fault",
     "Handler",
+    "Image",
+    "ImageCache",
+    "ImageStatistics",
     "Log",
     "Mapping",
+    "PmemCounters",
     "Region",
     "RingFeature",
     "RingPosition",
     "RingSetup",
     "RingStatistics",
     "Worker",
+    "process_cool",
+    "process_page_out",
 ]

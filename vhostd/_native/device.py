@@ -11,6 +11,7 @@ from typing import Any
 
 from vhostd._native._core import ffi, lib
 from vhostd._native.failure import check
+from vhostd._native.image import Image
 from vhostd._native.memory import Log, Region
 from vhostd._native.values import (
     BalloonCounters,
@@ -19,6 +20,7 @@ from vhostd._native.values import (
     Event,
     Fault,
     Handler,
+    PmemCounters,
     RingPosition,
     RingSetup,
     RingStatistics,
@@ -218,6 +220,15 @@ class Device:
         """What the data plane counted so far."""
         raw = self._shared.balloon
         return BalloonCounters(*(getattr(raw, field.name) for field in fields(BalloonCounters)))
+
+    def set_image(self, image: Image | None) -> None:
+        """Whose syncs a FLUSH ring asks for. Parked."""
+        lib.vhd_device_set_image(self._handle, ffi.NULL if image is None else image.handle)
+
+    def pmem_counters(self) -> PmemCounters:
+        """What became of flush requests so far."""
+        raw = self._shared.pmem
+        return PmemCounters(raw.flushes, raw.flush_errors, raw.malformed, raw.batches)
 
     def config_counters(self) -> tuple[int, int]:
         """Config reads and writes the worker answered."""

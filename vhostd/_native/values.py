@@ -36,6 +36,7 @@ class Handler(Enum):
     INFLATE = lib.VHD_HANDLER_INFLATE
     DEFLATE = lib.VHD_HANDLER_DEFLATE
     REPORT = lib.VHD_HANDLER_REPORT
+    FLUSH = lib.VHD_HANDLER_FLUSH
 
 
 class RingFeature(IntFlag):
@@ -56,6 +57,7 @@ class Event(IntFlag):
     CHAINS = lib.VHD_EVENT_CHAINS
     FAULT = lib.VHD_EVENT_FAULT
     HOST_ERROR = lib.VHD_EVENT_HOST_ERROR
+    FLUSH_FAILED = lib.VHD_EVENT_FLUSH_FAILED
 
 
 class BalloonFlag(IntFlag):
@@ -149,3 +151,41 @@ class BalloonCounters:
     def as_dict(self) -> dict[str, int]:
         """By name."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PmemCounters:
+    """struct vhd_pmem_counters at one moment."""
+
+    flushes: int = 0
+    flush_errors: int = 0
+    malformed: int = 0
+    batches: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """By name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """struct vhd_image_shared at one moment; times in nanoseconds.
+
+    Attributes:
+        failed_errno: not 0: a sync failed with it, and all later ones do.
+    """
+
+    failed_errno: int
+    syncs: int
+    sync_ns: int
+    sync_ns_last: int
+    sync_ns_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCache:
+    """Page cache of an image; bytes."""
+
+    cached: int
+    dirty: int
+    writeback: int

@@ -1,39 +1,76 @@
-"""Config-change messages to the VMM: only while it bears them, one under way at most.
+"""Requests to the VMM: only while it bears them, one under way at a time.
 
 QEMU 11.1's generic vhost-user device crashes on one that arrives while the device is not started
-(it has no VirtIODevice to notify then), so a wish waits behind a gate until the device runs.
-Knows the back-end channel. Must not know why anybody wants a message sent.
+(it has no VirtIODevice then), so a wish waits behind a gate until the device runs. Knows the
+back-end channel. Must not know why anybody wants something.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
 import trio
 
 from vhostd.backend.journal import Journal
+from vhostd.fds import OwnedFd
 from vhostd.log import LogEvent
 from vhostd.protocol.requests import BackendRequest
 from vhostd.transport.backend_channel import BackendChannel, ChannelClosed, NotBegun
 
 
-class ConfigNotifier:
-    """Coalesces wishes into CONFIG_CHANGE messages.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wish:
+    """A request; on_answer gets the VMM's verdict, 0 = done, None = none was to be had."""
+
+    request: BackendRequest
+    payload: bytes = b""
+    files: tuple[OwnedFd, ...] = ()
+    on_answer: Callable[[int | None], None] = lambda verdict: None
+
+
+_CONFIG_CHANGE: Final = _Wish(BackendRequest.CONFIG_CHANGE_MSG)
+
+
+class BackendRequests:
+    """What is to be asked of the VMM.
 
     Attributes:
-        sent: messages that went out. A VMM that answers with an error has them all the same: there
-            is nothing to do about it, and the next wish asks again.
+        config_changes: messages of that kind that went out. A VMM that answers with an error has
+            them all the same: there is nothing to do about it, and the next wish asks again.
     """
 
     def __init__(self, journal: Journal) -> None:
-        self.sent = 0
+        self.config_changes = 0
         self._journal = journal
-        self._wanted = False
+        self._config_changed = False
+        self._mapping: _Wish | None = None
         self._open = False
         self._channel: BackendChannel | None = None
         self._changed = trio.Event()
 
-    def want(self) -> None:
-        """Ask for one message; several wishes before it goes out are one."""
-        self._wanted = True
+    @property
+    def possible(self) -> bool:
+        """The VMM gave us a channel."""
+        return self._channel is not None
+
+    def want_config_change(self) -> None:
+        """Ask for one CONFIG_CHANGE message; several wishes before it goes out are one."""
+        self._config_changed = True
+        self._changed.set()
+
+    def want_mapping(
+        self, payload: bytes, file: OwnedFd, on_answer: Callable[[int | None], None]
+    ) -> None:
+        """Ask for one SHMEM_MAP, forgotten when the device stops before it went out.
+
+        Args:
+            payload: a ShmemMapping.
+            file: what to map; stays the caller's.
+            on_answer: gets the VMM's verdict, 0 = mapped; None: none was to be had.
+        """
+        self._mapping = _Wish(BackendRequest.SHMEM_MAP, payload, (file,), on_answer)
         self._changed.set()
 
     def open(self) -> None:
@@ -44,6 +81,7 @@ class ConfigNotifier:
     def close(self) -> None:
         """The VMM begins to stop the device: from this moment nothing may be sent."""
         self._open = False
+        self._mapping = None
         if self._channel is not None:
             self._channel.on_stopping()
 
@@ -59,27 +97,44 @@ class ConfigNotifier:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            while self._wanted and self._open and self._channel is not None:
-                channel = self._channel
+            while self._open and self._channel is not None and (wish := self._next()) is not None:
                 try:
-                    await channel.request(
-                        BackendRequest.CONFIG_CHANGE_MSG, may_begin=self._take_wish
-                    )
+                    await self._send(self._channel, wish)
                 except NotBegun:
-                    break
-                except ChannelClosed as error:
-                    self._lose(channel, error)
-                    continue
-                self.sent += 1
+                    continue  # the gate was shut, or another wish has come instead
 
-    def _take_wish(self) -> bool:
+    def _next(self) -> _Wish | None:
+        # The guest may use its region at once, so that mapping it comes first.
+        if self._mapping is not None:
+            return self._mapping
+        return _CONFIG_CHANGE if self._config_changed else None
+
+    async def _send(self, channel: BackendChannel, wish: _Wish) -> None:
+        try:
+            verdict = await channel.request(
+                wish.request, wish.payload, wish.files, may_begin=lambda: self._take(wish)
+            )
+        except ChannelClosed as error:
+            wish.on_answer(None)
+            self._lose(channel, error)
+            return
+        if wish is _CONFIG_CHANGE:
+            self.config_changes += 1
+        wish.on_answer(verdict)
+
+    def _take(self, wish: _Wish) -> bool:
         if not self._open:
             return False
-        self._wanted = False
+        if wish is _CONFIG_CHANGE:
+            self._config_changed = False
+        elif wish is self._mapping:
+            self._mapping = None
+        else:
+            return False  # it was taken back, or there is another by now
         return True
 
     def _lose(self, channel: BackendChannel, error: ChannelClosed) -> None:
-        self._wanted = True  # it did not get through; a VMM with a new channel will be told
+        self._config_changed = True  # maybe lost; a VMM with a new channel will be told
         if self._channel is channel:
             self._journal.log.warning(
                 LogEvent.CHANNEL_LOST,

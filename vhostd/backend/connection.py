@@ -7,25 +7,29 @@ the step says, the reply goes out. Must not know what any message means.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
 
 from vhostd import _native
+from vhostd.backend.backend_requests import BackendRequests
 from vhostd.backend.effects import EffectPerformer, HostWork
-from vhostd.backend.journal import Journal
 from vhostd.backend.memory_table import DeviceMemory
-from vhostd.backend.notifier import ConfigNotifier
 from vhostd.backend.performer import ActionPerformer
 from vhostd.backend.rings import CONTROL_HANDLERS, HANDLER_OF, Rings
+from vhostd.backend.storage import Storage, StoragePolicy
+from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.window import NoHostWork, Window
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Chain, Device, MemorySlot, Role
 from vhostd.devices.mem import Mem
+from vhostd.devices.pmem import Pmem
 from vhostd.errors import FrontendError, GuestError, HostError
+from vhostd.images.image_file import ImageUnusable
 from vhostd.log import LogEvent
-from vhostd.memory.registry import MemoryRegistry
+from vhostd.protocol.features import protocol_features_for
 from vhostd.protocol.framing import Message
 from vhostd.session.machine import SessionMachine
 from vhostd.session.plan import Offer
@@ -53,53 +57,81 @@ class DeviceConnection:
 
     Attributes:
         effects: performs what the device wants done, also when an operator is the cause.
-        notifier: config-change messages.
+        requests: what is asked of the VMM.
+        storage: the device's image, if it has one.
         messages_refused: requests of the VMM that were refused.
     """
 
     def __init__(
         self,
-        vm_name: str,
         connection: Connection,
         device: Device,
         worker: VmWorker,
-        registry: MemoryRegistry,
-        stop_vm: Callable[[str], None],
-        journal: Journal,
+        shared: Surroundings,
+        policy: StoragePolicy | None = None,
     ) -> None:
+        """policy: of a device with an image."""
         self._connection = connection
         self._device = device
         self._worker = worker
-        self._journal = journal
+        journal = self._journal = shared.journal
         self._native = _native.Device(
             device.queue_count, device.config_size, device.config_writable
         )
         self._native.publish_config(0, device.config())
         self._machine = SessionMachine(
-            Offer(device.offered_features, device.queue_count, device.config_size)
+            Offer(
+                device.offered_features,
+                device.queue_count,
+                device.config_size,
+                protocol_features_for(
+                    shmem=bool(device.shmem_region_sizes), memory_slots=shared.memory_slots
+                ),
+                tuple(device.shmem_region_sizes),
+            )
         )
         self._rings = Rings(self._native, device.queue_count)
-        self.notifier = ConfigNotifier(journal)
-        memory = self._memory = DeviceMemory(vm_name, registry, worker, self._native)
+        self.requests = BackendRequests(journal)
+        memory = self._memory = DeviceMemory(shared.vm_name, shared.registry, worker, self._native)
         self._window = None
         host_work: HostWork = NoHostWork()
         if isinstance(device, Mem):
             host_work = self._window = Window(device, memory, journal)
-        self.effects = EffectPerformer(self._native, self.notifier, host_work, stop_vm, journal)
+        self.effects = EffectPerformer(
+            self._native, self.requests, host_work, shared.stop_vm, journal
+        )
+        self.storage = None
+        if isinstance(device, Pmem):
+            self.storage = self._new_storage(device, policy or StoragePolicy(), shared)
         self._performer = ActionPerformer(
             worker,
             self._native,
             device,
             memory,
             self._rings,
-            self.notifier,
+            self.requests,
             self.effects,
+            self.storage,
             connection.fileno(),
         )
         self._socket_needs_us = trio.Event()
         self._chains_left = trio.Event()
         self._faults_told: set[int] = set()
         self.messages_refused = 0
+
+    def _new_storage(self, device: Pmem, policy: StoragePolicy, shared: Surroundings) -> Storage:
+        return Storage(
+            device,
+            policy,
+            self._native,
+            self._memory,
+            shared.registry,
+            self.requests,
+            shared.stop_vm,
+            self._connection.peer_pid,
+            self.effects.perform,
+            shared.journal,
+        )
 
     @property
     def state(self) -> SessionState:
@@ -125,8 +157,10 @@ class DeviceConnection:
         """Where the VMM's memory is."""
         return self._memory.slots
 
-    def balloon_counters(self) -> dict[str, int]:
-        """Counters of the native data plane, named as in struct vhd_balloon_counters."""
+    def counters(self) -> dict[str, int]:
+        """Counters of the native data plane, named as in c_src/vhd_api.h."""
+        if self.storage is not None:
+            return self.storage.counters()
         return self._native.balloon_counters().as_dict()
 
     def counts(self) -> dict[str, int]:
@@ -135,7 +169,7 @@ class DeviceConnection:
         return {
             "messages_refused": self.messages_refused,
             "chains_refused": self.effects.chains_refused,
-            "config_changes": self.notifier.sent,
+            "config_changes": self.requests.config_changes,
             "config_reads": reads,
             "config_writes": writes,
         }
@@ -155,16 +189,10 @@ class DeviceConnection:
         try:
             await self._worker.attach(self._native, self._on_events)
             try:
-                async with self._worker.parked():
-                    self._native.set_socket(self._connection.fileno())
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self.notifier.run)
-                    nursery.start_soon(self._keep_time)
-                    nursery.start_soon(self._serve_chains_left)
-                    if self._window is not None:
-                        nursery.start_soon(self._window.run, self.effects.perform)
-                    await self._serve_messages()
-                    nursery.cancel_scope.cancel()
+                async with self._image_open():
+                    await self._serve()
+            except ImageUnusable as error:
+                self._refuse_vmm(error)
             finally:
                 with trio.CancelScope(shield=True):
                     await self._worker.detach(self._native)
@@ -173,6 +201,36 @@ class DeviceConnection:
             self._performer.close()
             self._native.close()
             self._connection.close()
+
+    @asynccontextmanager
+    async def _image_open(self) -> AsyncIterator[None]:
+        if self.storage is None:
+            yield
+            return
+        async with self.storage.opened(self._worker):
+            yield
+
+    async def _serve(self) -> None:
+        async with self._worker.parked():
+            self._native.set_socket(self._connection.fileno())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.requests.run)
+            nursery.start_soon(self._keep_time)
+            nursery.start_soon(self._serve_chains_left)
+            if self._window is not None:
+                nursery.start_soon(self._window.run, self.effects.perform)
+            if self.storage is not None:
+                nursery.start_soon(self.storage.run)
+            await self._serve_messages()
+            nursery.cancel_scope.cancel()
+
+    def _refuse_vmm(self, error: ImageUnusable) -> None:
+        self._journal.log.error(
+            LogEvent.IMAGE_UNUSABLE, error=str(error), consequence="the VMM was turned away"
+        )
+        self._journal.publish(LogEvent.IMAGE_UNUSABLE, {"error": str(error)})
+        assert isinstance(self._device, Pmem), "only these have an image"
+        self._device.refused_image = str(error)
 
     def _forget_driver(self) -> None:
         # There is nobody left to perform effects for: only what the device itself knows changes.
@@ -186,6 +244,10 @@ class DeviceConnection:
                 message = await self._connection.receive()
                 if message is not None:
                     await self._handle(message)
+                    continue
+                if self.storage is not None:
+                    # The worker may be in a sync, where it hears nothing.
+                    await self._connection.wait_readable()
                     continue
                 self._socket_needs_us = trio.Event()
                 self._native.arm_socket()
@@ -232,6 +294,8 @@ class DeviceConnection:
             self._tell_faults()
         if events & _native.Event.HOST_ERROR:
             self._tell_discard_errors()
+        if events & _native.Event.FLUSH_FAILED and self.storage is not None:
+            self.effects.perform(self.storage.on_flush_failed())
 
     def _serve_chains(self) -> None:
         roles = self._device.roles(self._performer.features, self._rings.started)
@@ -286,7 +350,7 @@ class DeviceConnection:
                 )
 
     def _tell_discard_errors(self) -> None:
-        counters = self.balloon_counters()
+        counters = self._native.balloon_counters().as_dict()
         self._journal.guest_caused(
             "discard",
             LogEvent.DISCARD_FAILED,

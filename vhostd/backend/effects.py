@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from vhostd import _native
+from vhostd.backend.backend_requests import BackendRequests
 from vhostd.backend.journal import Journal
-from vhostd.backend.notifier import ConfigNotifier
 from vhostd.devices import base
 from vhostd.devices.base import Effect, Effects
 
@@ -36,13 +36,13 @@ class EffectPerformer:
     def __init__(
         self,
         native: _native.Device,
-        notifier: ConfigNotifier,
+        requests: BackendRequests,
         host_work: HostWork,
         stop_vm: Callable[[str], None],
         journal: Journal,
     ) -> None:
         self._native: Final = native
-        self._notifier = notifier
+        self._requests = requests
         self._host_work = host_work
         self._stop_vm = stop_vm
         self._journal = journal
@@ -83,7 +83,7 @@ class EffectPerformer:
 
     def _notify_config(self, effect: base.NotifyConfig) -> None:
         del effect
-        self._notifier.want()
+        self._requests.want_config_change()
 
     def _configure_data_plane(self, effect: base.ConfigureDataPlane) -> None:
         self._native.balloon_configure(_native.BalloonFlag(effect.flags))

@@ -13,7 +13,7 @@ from typing import Protocol
 from vhostd import _native
 from vhostd.devices.base import GuestRange, MemorySlot
 from vhostd.errors import FrontendError, HostError
-from vhostd.memory.registry import HeldRegion, MemoryRegistry, RegionRequest
+from vhostd.memory.registry import HeldRegion, ImageRegion, MemoryRegistry, RegionRequest
 from vhostd.protocol.wire import MemoryRegion
 from vhostd.session.actions import FileIdentity, RegionSource
 
@@ -35,14 +35,23 @@ class DeviceMemory:
         self._registry = registry
         self._worker = worker
         self._device = device
-        self._slots: dict[MemoryRegion, HeldRegion] = {}
+        self._slots: dict[MemoryRegion, HeldRegion | ImageRegion] = {}
 
     @property
     def slots(self) -> list[MemorySlot]:
-        """Where guest memory is."""
+        """Where guest memory is; disk images are none."""
         return [
             MemorySlot(region.guest_addr, region.size, held.region.mapping.page_size)
             for region, held in self._slots.items()
+            if isinstance(held, HeldRegion)
+        ]
+
+    def images(self, identity: tuple[int, int]) -> list[GuestRange]:
+        """Where the disk image of this st_dev and st_ino is."""
+        return [
+            GuestRange(region.guest_addr, region.size)
+            for region, held in self._slots.items()
+            if isinstance(held, ImageRegion) and (held.device, held.inode) == identity
         ]
 
     def hold(self, part: GuestRange) -> tuple[HeldRegion, int] | None:
@@ -52,6 +61,8 @@ class DeviceMemory:
             The region, to be released, and the range's offset in its file in bytes.
         """
         for held in self._slots.values():
+            if isinstance(held, ImageRegion):
+                continue
             region = held.region
             offset = part.guest_addr - region.guest_addr
             if offset >= 0 and offset + part.size <= region.size:
@@ -68,8 +79,8 @@ class DeviceMemory:
             FrontendError: a region can't be mapped, or a started ring is not inside the new table.
                 Nothing changed then, and the descriptors stay the caller's.
         """
-        taken: list[HeldRegion] = []
-        slots: dict[MemoryRegion, HeldRegion] = {}
+        taken: list[HeldRegion | ImageRegion] = []
+        slots: dict[MemoryRegion, HeldRegion | ImageRegion] = {}
         try:
             for source in sources:
                 if source.file is None:
@@ -100,10 +111,12 @@ class DeviceMemory:
             for source in sources
         )
 
-    async def _install(self, slots: dict[MemoryRegion, HeldRegion]) -> None:
+    async def _install(self, slots: dict[MemoryRegion, HeldRegion | ImageRegion]) -> None:
         async with self._worker.parked():
             try:
-                self._device.set_regions([held.region for held in slots.values()])
+                self._device.set_regions(
+                    [held.region for held in slots.values() if isinstance(held, HeldRegion)]
+                )
             except OSError as error:
                 if error.errno not in (errno.EFAULT, errno.EINVAL):
                     reason = os.strerror(error.errno or 0)

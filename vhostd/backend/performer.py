@@ -11,10 +11,11 @@ import os
 from collections.abc import Awaitable, Callable
 
 from vhostd import _native
+from vhostd.backend.backend_requests import BackendRequests
 from vhostd.backend.effects import EffectPerformer
 from vhostd.backend.memory_table import DeviceMemory
-from vhostd.backend.notifier import ConfigNotifier
 from vhostd.backend.rings import Rings
+from vhostd.backend.storage import Storage
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Device
 from vhostd.errors import FrontendError
@@ -40,8 +41,9 @@ class ActionPerformer:
         device: Device,
         memory: DeviceMemory,
         rings: Rings,
-        notifier: ConfigNotifier,
+        requests: BackendRequests,
         effects: EffectPerformer,
+        storage: Storage | None,
         connection_fd: int,
     ) -> None:
         self._worker = worker
@@ -49,8 +51,9 @@ class ActionPerformer:
         self._device = device
         self._memory = memory
         self._rings = rings
-        self._notifier = notifier
+        self._requests = requests
         self._effects = effects
+        self._storage = storage
         self._connection_fd = connection_fd
         self._log: _native.Log | None = None
         self._logging = False
@@ -87,7 +90,7 @@ class ActionPerformer:
 
     def close(self) -> None:
         """Let go of everything; the native device is detached."""
-        self._notifier.use(None)
+        self._requests.use(None)
         self._rings.close()
         self._memory.release()
         if self._log is not None:
@@ -98,6 +101,8 @@ class ActionPerformer:
     async def _set_regions(self, action: actions.SetRegions) -> Outcome:
         identities = await self._memory.replace(action.regions)
         self._effects.perform(self._device.on_memory(self._memory.slots))
+        if self._storage is not None:
+            self._effects.perform(self._storage.on_memory())
         return identities
 
     async def _set_log(self, action: actions.SetLog) -> None:
@@ -162,7 +167,7 @@ class ActionPerformer:
         channel = BackendChannel.adopt(
             action.file, reply_ack=action.reply_ack, connection_fd=self._connection_fd
         )
-        self._notifier.use(channel)
+        self._requests.use(channel)
 
     async def _configure_config_space(self, action: actions.ConfigureConfigSpace) -> None:
         self._native.configure_socket(action.hot, action.reply_ack)
@@ -189,12 +194,14 @@ class ActionPerformer:
         del action
         self.started = True
         self._effects.perform(self._device.on_started())
-        self._notifier.open()
+        if self._storage is not None:
+            self._storage.on_started()
+        self._requests.open()
 
     async def _device_stopped(self, action: actions.DeviceStopped) -> None:
         del action
         self.started = False
-        self._notifier.close()
+        self._requests.close()
         self._effects.perform(self._device.on_stopped())
 
     async def _device_reset(self, action: actions.DeviceReset) -> None:

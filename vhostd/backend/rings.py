@@ -27,6 +27,7 @@ HANDLER_OF: Final = {
     Role.REPORTING: _native.Handler.REPORT,
     Role.STATISTICS: _native.Handler.CONTROL,
     Role.GUEST_REQUEST: _native.Handler.CONTROL,
+    Role.FLUSH: _native.Handler.FLUSH,
     # Its descriptors are free blocks of guest memory, not buffers to read or write.
     Role.FREE_PAGE_HINT: _native.Handler.CONTROL_BLOCKS,
 }

@@ -6,35 +6,16 @@ messages, the VM's other devices, or what the device does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import trio
 
 from vhostd.backend.connection import DeviceConnection
-from vhostd.backend.journal import Journal
+from vhostd.backend.storage import StoragePolicy
+from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Device, Effects
 from vhostd.log import LogEvent
-from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What all devices of a VM share.
-
-    Attributes:
-        stop_vm: has the VMM pause the VM; its argument says why.
-        connected: called when a VMM's connection was accepted.
-    """
-
-    vm_name: str
-    registry: MemoryRegistry
-    journal: Journal
-    stop_vm: Callable[[str], None]
-    connected: Callable[[], None]
 
 
 class DeviceSeat:
@@ -48,8 +29,14 @@ class DeviceSeat:
     """
 
     def __init__(
-        self, name: str, device: Device, source: Listener | Connection, shared: Surroundings
+        self,
+        name: str,
+        device: Device,
+        source: Listener | Connection,
+        shared: Surroundings,
+        policy: StoragePolicy | None = None,
     ) -> None:
+        """policy: of a device with an image."""
         self.name = name
         self.device = device
         self.connection: DeviceConnection | None = None
@@ -57,6 +44,7 @@ class DeviceSeat:
         self.connections_refused = 0
         self._source = source
         self._shared = shared
+        self._policy = policy
         self._idle = trio.Event()  # set when the connection has ended
 
     async def run(self, worker: VmWorker) -> None:
@@ -101,16 +89,7 @@ class DeviceSeat:
     def _new_connection(self, worker: VmWorker, connection: Connection) -> DeviceConnection:
         # Here and not in its task: somebody may wait for its end before that task first runs.
         self._idle = trio.Event()
-        shared = self._shared
-        return DeviceConnection(
-            shared.vm_name,
-            connection,
-            self.device,
-            worker,
-            shared.registry,
-            shared.stop_vm,
-            shared.journal,
-        )
+        return DeviceConnection(connection, self.device, worker, self._shared, self._policy)
 
     async def _run_connection(self, connection: DeviceConnection) -> None:
         journal = self._shared.journal

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
+from vhostd.backend.configured import balloon_of, mem_of, pmem_of, policy_of
 from vhostd.backend.connection import NO_COUNTERS, NO_COUNTS
 from vhostd.backend.journal import Journal
 from vhostd.backend.monitor import Monitor
-from vhostd.backend.seat import DeviceSeat, Surroundings
+from vhostd.backend.seat import DeviceSeat
+from vhostd.backend.storage import Storage
+from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.worker import VmWorker
 from vhostd.config import VmConfig
-from vhostd.config_devices import BalloonConfig, MemConfig
 from vhostd.devices.balloon import Balloon
-from vhostd.devices.balloon_features import BalloonOptions
-from vhostd.devices.base import Device, DeviceEvent, GuestRange, Refused
+from vhostd.devices.base import Device, DeviceEvent, Event, GuestRange, Refused
 from vhostd.devices.mem import Mem
-from vhostd.devices.mem_violations import OnViolation
-from vhostd.devices.mem_window import MemOptions
 from vhostd.devices.memory_plan import MemoryGoal, MemRoom, boot_memory_size, plan_memory
+from vhostd.devices.pmem import Pmem
 from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
 
 JsonObject = dict[str, Any]
+AnyDevice = TypeVar("AnyDevice", bound=Device)
 
 GOAL_EVENTS = (
     DeviceEvent.MEM_PLUGGED,
@@ -45,47 +46,13 @@ STATES_BY_WEIGHT = ("quarantined", "running", "stopped", "connected", "waiting")
 """A VM is in the first of these that one of its devices is in."""
 
 
-def balloon_of(config: BalloonConfig, windows: Sequence[GuestRange] = ()) -> Balloon:
-    """The balloon a configuration describes, in a VM with these windows."""
-    return Balloon(
-        BalloonOptions(
-            free_page_reporting=config.free_page_reporting,
-            free_page_hinting=config.free_page_hinting,
-            deflate_on_oom=config.deflate_on_oom,
-            page_poison=config.page_poison,
-            packed=config.packed,
-            in_order=config.in_order,
-            stats_interval_s=config.stats_interval_s,
-            windows=tuple(windows),
-        )
-    )
-
-
-def mem_of(config: MemConfig) -> Mem:
-    """The virtio-mem device a configuration describes."""
-    return Mem(
-        MemOptions(
-            id=config.id,
-            address=config.window_address,
-            size=config.size,
-            block_size=config.block_size,
-            requested_size=config.requested_size,
-            node=config.node,
-            host_node=config.host_node,
-            prealloc=config.prealloc,
-            on_violation=OnViolation(config.on_violation),
-            packed=config.packed,
-            in_order=config.in_order,
-        )
-    )
-
-
 class Vm:
     """A VM's devices and what serves them.
 
     Attributes:
         balloon: its balloon, or None; devices outlive connections, as an operator's wishes do.
         mems: its virtio-mem devices by id, in the configuration's order.
+        pmems: its virtio-pmem devices, likewise.
     """
 
     def __init__(
@@ -100,14 +67,20 @@ class Vm:
         self._journal = journal
         self._monitor = None if config.qmp is None else Monitor(config.qmp, self, journal)
         self.mems = {mem.id: mem_of(mem) for mem in config.mems}
+        self.pmems = {pmem.id: pmem_of(pmem) for pmem in config.pmems}
         self.balloon = None if config.balloon is None else balloon_of(config.balloon, self._windows)
         devices: dict[str, Device] = {
             **({} if self.balloon is None else {"balloon": self.balloon}),
             **self.mems,
+            **self.pmems,
         }
-        shared = Surroundings(self.name, registry, journal, self._stop_vm, self._vmm_connected)
+        policies = {pmem.id: policy_of(pmem) for pmem in config.pmems}
+        has_shmem = any(pmem.shmem_region_sizes for pmem in self.pmems.values())
+        shared = Surroundings(
+            self.name, registry, journal, self._stop_vm, self._vmm_connected, not has_shmem
+        )
         self._seats = {
-            name: DeviceSeat(name, device, source, shared)
+            name: DeviceSeat(name, device, source, shared, policies.get(name))
             for (name, device), source in zip(devices.items(), sources, strict=True)
         }
         self._goal: MemoryGoal | None = None
@@ -120,9 +93,17 @@ class Vm:
             if self._monitor is not None:
                 nursery.start_soon(self._monitor.run)
             async with trio.open_nursery() as seats:
-                for seat in self._seats.values():
-                    seats.start_soon(seat.run, worker)
+                for name, seat in self._seats.items():
+                    if name in self.pmems:
+                        seats.start_soon(self._run_apart, seat)
+                    else:
+                        seats.start_soon(seat.run, worker)
             nursery.cancel_scope.cancel()
+
+    async def _run_apart(self, seat: DeviceSeat) -> None:
+        """A device whose worker waits for a disk shares it with no other."""
+        async with VmWorker.open(f"{self.name}:{seat.name}") as worker:
+            await seat.run(worker)
 
     # -- what the machine does (monitor.MonitorOwner) ------------------------------------------
 
@@ -217,17 +198,18 @@ class Vm:
         Raises:
             Refused: there is none of that id, or several to choose from.
         """
-        names = ", ".join(self.mems)
+        return self._find("memory device", self.mems, device)
+
+    def _find(self, kind: str, devices: Mapping[str, AnyDevice], device: str | None) -> AnyDevice:
+        names = ", ".join(devices)
         if device is None:
-            if len(self.mems) == 1:
-                return next(iter(self.mems.values()))
-            has = f"several: choose one of {names}" if self.mems else "none"
-            raise Refused(f"which memory device? VM {self.name!r} has {has}")
-        if device not in self.mems:
-            raise Refused(
-                f"VM {self.name!r} has no memory device {device!r}; it has {names or 'none'}"
-            )
-        return self.mems[device]
+            if len(devices) == 1:
+                return next(iter(devices.values()))
+            has = f"several: choose one of {names}" if devices else "none"
+            raise Refused(f"which {kind}? VM {self.name!r} has {has}")
+        if device not in devices:
+            raise Refused(f"VM {self.name!r} has no {kind} {device!r}; it has {names or 'none'}")
+        return devices[device]
 
     def resize_mem(self, device: str | None, size: int) -> str:
         """Ask the guest to use `size` bytes of a virtio-mem device; its id is returned.
@@ -241,6 +223,40 @@ class Vm:
         self._seats[mem.options.id].perform(effects)
         self._tell_hotplug_size()
         return mem.options.id
+
+    def find_pmem(self, device: str | None) -> Pmem:
+        """A virtio-pmem device by its id, or the only one.
+
+        Raises:
+            Refused: there is none of that id, or several to choose from.
+        """
+        return self._find("disk", self.pmems, device)
+
+    def storage_of(self, pmem: Pmem) -> Storage:
+        """Its image.
+
+        Raises:
+            Refused: no VMM is connected, so that it is not open.
+        """
+        connection = self._seats[pmem.options.id].connection
+        if connection is None or connection.storage is None:
+            raise Refused(f"{pmem.options.id}: no VMM is connected, so its image is not open")
+        return connection.storage
+
+    async def clear_pmem(self, device: str | None) -> str:
+        """Let flushes succeed again after a failure; the device's id is returned.
+
+        Raises:
+            Refused: see find_pmem().
+        """
+        pmem = self.find_pmem(device)
+        seat = self._seats[pmem.options.id]
+        if seat.connection is not None and seat.connection.storage is not None:
+            await seat.connection.storage.clear()
+        for effect in pmem.on_cleared():
+            assert isinstance(effect, Event)
+            self._journal.publish(effect.name, effect.fields)
+        return pmem.options.id
 
     def set_memory(self, size: int) -> JsonObject:
         """Ask for `size` bytes of usable memory; says what was asked of whom.
@@ -331,7 +347,7 @@ class Vm:
             "state": self.state,
             **balloon,
             "mem": [devices[name] for name in self.mems],
-            "pmem": [],
+            "pmem": [devices[name] for name in self.pmems],
             "usable": self._usable_size(),
             "usable_goal": None if self._goal is None else self._goal.size,
             "qmp": self._monitor is not None and self._monitor.connected,
@@ -351,7 +367,7 @@ class Vm:
 
     def _device_status(self, seat: DeviceSeat) -> JsonObject:
         connection = seat.connection
-        counters = NO_COUNTERS if connection is None else connection.balloon_counters()
+        counters = NO_COUNTERS if connection is None else connection.counters()
         status = seat.device.status(counters, time.time())
         status["state"] = seat.state
         status["queues"] = {} if connection is None else connection.queues()

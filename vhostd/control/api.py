@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from vhostd.control.bodies import WholeBodies, json_response
-from vhostd.control.interface import Daemon, JsonObject, VmView
+from vhostd.control.interface import Daemon, DeviceSocket, JsonObject, VmView
 from vhostd.control.sse import EventStreamResponse
 from vhostd.control.verbs import (
     FRESH_TIMEOUT_DEFAULT_S,
@@ -31,6 +31,7 @@ from vhostd.control.verbs import (
     BalloonTarget,
     MemorySize,
     MemResize,
+    PmemDevice,
     Verb,
     openapi,
 )
@@ -133,6 +134,18 @@ def _mem(vm: VmView, device: str) -> JsonObject:
     return found
 
 
+def _pmem(vm: VmView, device: str) -> JsonObject:
+    found: JsonObject = next(pmem for pmem in vm.status()["pmem"] if pmem["id"] == device)
+    return found
+
+
+def _described(device: DeviceSocket) -> JsonObject:
+    described = asdict(device) | {"path": str(device.path)}
+    if device.window is not None and device.window.file is not None:
+        described["window"]["file"] = str(device.window.file)
+    return described
+
+
 def _mem_settled(mem: JsonObject) -> bool:
     """The guest is there, and the host has got back what was unplugged."""
     return bool(mem["reached"]) and mem["discarding"] == 0
@@ -178,8 +191,7 @@ class _Handlers:
         return json_response(self._vm(request).status())
 
     async def list_devices(self, request: Request) -> Response:
-        devices = self._vm(request).devices
-        return json_response([asdict(device) | {"path": str(device.path)} for device in devices])
+        return json_response([_described(device) for device in self._vm(request).devices])
 
     async def show_balloon(self, request: Request) -> Response:
         return json_response(self._balloon(request)())
@@ -232,6 +244,23 @@ class _Handlers:
                 lambda: _mem_standing(vm, device),
             )
         return json_response(_mem(vm, device))
+
+    async def list_pmem(self, request: Request) -> Response:
+        return json_response(self._vm(request).status()["pmem"])
+
+    async def flush_pmem(self, request: Request) -> Response:
+        vm = self._vm(request)
+        body = await _read_body(request, PmemDevice)
+        return json_response(_pmem(vm, await vm.flush_pmem(body.device)))
+
+    async def drop_pmem_cache(self, request: Request) -> Response:
+        body = await _read_body(request, PmemDevice)
+        return json_response(await self._vm(request).drop_pmem_cache(body.device))
+
+    async def clear_pmem(self, request: Request) -> Response:
+        vm = self._vm(request)
+        body = await _read_body(request, PmemDevice)
+        return json_response(_pmem(vm, await vm.clear_pmem(body.device)))
 
     async def set_memory(self, request: Request) -> Response:
         vm = self._vm(request)

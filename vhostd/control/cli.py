@@ -5,85 +5,28 @@ Arguments to requests, answers to text. Must not decide anything the daemon shou
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Final
 
 import click
 
 from vhostd import __version__
+from vhostd.control.cli_common import (
+    Session,
+    pass_session,
+    ram_argument,
+    render,
+    show_nothing,
+    size_argument,
+    timeout_option,
+    vm_argument,
+)
+from vhostd.control.cli_pmem import doctor, pmem
 from vhostd.errors import ConfigError
-from vhostd.units import MiB, parse_size
-
-if TYPE_CHECKING:
-    from vhostd.control.client import ControlClient
-
-JsonValue: TypeAlias = Any
-
-# Rich and the HTTP client take most of the start: whoever needs them imports them.
 
 DEFAULT_SOCKET: Final = Path("/run/vhostd/control.sock")
-WAIT_DEFAULT_S: Final = 60.0
 FRESH_DEFAULT_S: Final = 5.0
-
-
-def size_argument(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    """A SIZE in bytes. Raises click.BadParameter."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
-
-
-def ram_argument(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    """A SIZE in bytes that is a number of whole MiB. Raises click.BadParameter."""
-    size = size_argument(context, parameter, text)
-    if size == 0 or size % MiB:
-        raise click.BadParameter("guest RAM is a number of whole MiB", context, parameter)
-    return size
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What the options before the verb say."""
-
-    socket: Path
-    json: bool
-
-    @contextmanager
-    def client(self) -> Iterator[ControlClient]:
-        """A client whose failures end vhostctl with one line on stderr and their exit code."""
-        from vhostd.control.client import ClientError, ControlClient
-
-        try:
-            yield ControlClient(self.socket)
-        except ClientError as error:
-            click.echo(f"vhostctl: {error}", err=True)
-            raise click.exceptions.Exit(error.code) from error
-
-    def show(self, answer: JsonValue, render: Callable[[JsonValue], None]) -> None:
-        """Print the answer: as JSON if that was asked for, else rendered."""
-        if self.json:
-            click.echo(json.dumps(answer))
-        else:
-            render(answer)
-
-
-pass_session = click.make_pass_decorator(Session)
-vm_argument = click.argument("vm")
-timeout_option = click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(0, 3600),
-    default=WAIT_DEFAULT_S,
-    show_default=True,
-    help="Seconds to wait at most.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -116,9 +59,9 @@ def status(session: Session, vm: str | None) -> None:
     """Show one VM, or all of them."""
     with session.client() as client:
         if vm is None:
-            session.show(client.vms(), lambda answer: _render().show_vms(answer))
+            session.show(client.vms(), lambda answer: render().show_vms(answer))
         else:
-            session.show(client.vm(vm), lambda answer: _render().show_vm(answer))
+            session.show(client.vm(vm), lambda answer: render().show_vm(answer))
 
 
 @main.group()
@@ -135,7 +78,7 @@ def balloon() -> None:
 def set_balloon(session: Session, vm: str, size: int, wait: bool, timeout_s: float) -> None:
     """Set the size of VM's balloon: the memory taken out of the guest."""
     with session.client() as client:
-        session.show(client.set_balloon(vm, size, timeout_s if wait else None), _show_nothing)
+        session.show(client.set_balloon(vm, size, timeout_s if wait else None), show_nothing)
 
 
 @balloon.command()
@@ -155,7 +98,7 @@ def stats(session: Session, vm: str, fresh: bool, timeout_s: float) -> None:
     with session.client() as client:
         session.show(
             client.statistics(vm, timeout_s if fresh else None),
-            lambda answer: _render().show_statistics(answer),
+            lambda answer: render().show_statistics(answer),
         )
 
 
@@ -167,7 +110,7 @@ def hint(session: Session, vm: str, stop: bool) -> None:
     """Ask VM's guest to list its free memory, once."""
     with session.client() as client:
         session.show(
-            client.hint(vm, "stop" if stop else "start"), lambda answer: _render().show_hint(answer)
+            client.hint(vm, "stop" if stop else "start"), lambda answer: render().show_hint(answer)
         )
 
 
@@ -195,8 +138,8 @@ def resize_mem(
         answer = client.resize_mem(vm, size, device)
         if wait:
             statuses = client.mem_progress(vm, answer["id"], timeout_s)
-            answer = deque(statuses, 1)[0] if session.json else _render().show_progress(statuses)
-        session.show(answer, _show_nothing)
+            answer = deque(statuses, 1)[0] if session.json else render().show_progress(statuses)
+        session.show(answer, show_nothing)
 
 
 @main.group()
@@ -217,7 +160,7 @@ def set_memory(session: Session, vm: str, size: int, wait: bool, timeout_s: floa
     """
     with session.client() as client:
         plan = client.set_memory(vm, size, timeout_s if wait else None)
-        session.show(plan, lambda answer: _render().show_plan(answer))
+        session.show(plan, lambda answer: render().show_plan(answer))
 
 
 @main.command("qemu-args")
@@ -262,17 +205,10 @@ def events(session: Session, follow: bool) -> None:
     try:
         with session.client() as client:
             for event in client.events(follow=follow):
-                session.show(event, lambda answer: click.echo(_render().event_line(answer)))
+                session.show(event, lambda answer: click.echo(render().event_line(answer)))
     except KeyboardInterrupt:
         return
 
 
-def _render() -> ModuleType:
-    """Rich is imported only where a person reads."""
-    from vhostd.control import render
-
-    return render
-
-
-def _show_nothing(answer: JsonValue) -> None:
-    """Success is silent, as with cp."""
+main.add_command(pmem)
+main.add_command(doctor)

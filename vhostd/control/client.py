@@ -25,6 +25,8 @@ JsonValue: TypeAlias = Any
 ANSWER_TIMEOUT_S: Final = 10.0
 """A healthy daemon answers in milliseconds; waiting for a guest comes on top of this."""
 
+SYNC_TIMEOUT_S: Final = 3600.0
+"""A slow disk may need that long; nothing is gained by giving up sooner."""
 SILENCE_MAX_S: Final = 30.0
 
 
@@ -137,6 +139,22 @@ class ControlClient:
         """Set the guest's usable memory in bytes; what was asked of whom comes back."""
         body = {"size": size, "wait_s": wait_s}
         return self._request("PUT", _vm_path(name, "memory"), body, extra_timeout_s=wait_s or 0)
+
+    def flush_pmem(self, name: str, device: str | None = None) -> JsonValue:
+        """Make a disk durable; its status comes back, however long that takes."""
+        return self._pmem(name, "flush", device)
+
+    def drop_pmem_cache(self, name: str, device: str | None = None) -> JsonValue:
+        """Make a disk durable and drop its page cache; see verbs.CacheDropped."""
+        return self._pmem(name, "drop-cache", device)
+
+    def clear_pmem(self, name: str, device: str | None = None) -> JsonValue:
+        """Let flushes of a disk succeed again; its status comes back."""
+        return self._pmem(name, "clear", device)
+
+    def _pmem(self, name: str, verb: str, device: str | None) -> JsonValue:
+        path, body = _vm_path(name, "pmem", verb), {"device": device}
+        return self._request("POST", path, body, extra_timeout_s=SYNC_TIMEOUT_S)
 
     def events(self, *, follow: bool) -> Iterator[JsonValue]:
         """The latest events, oldest first; with follow, then those to come, for ever."""

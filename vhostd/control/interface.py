@@ -22,11 +22,17 @@ class HintAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemoryWindow:
-    """The hidden memory a device needs: guest-physical address, bytes, the guest's NUMA node."""
+    """The hidden memory a device needs: guest-physical address, bytes, the guest's NUMA node.
+
+    Attributes:
+        file: what it must be, absolute path; None: memory of its own.
+    """
 
     address: int
     size: int
     node: int
+    file: Path | None = None
+    readonly: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class DeviceSocket:
     """One device as a VMM's command line must describe it.
 
     Attributes:
-        kind: "balloon" or "mem".
+        kind: "balloon", "mem" or "pmem".
         id: the device's id in QEMU, unique in its VM.
         path: absolute path of its vhost-user socket.
         window: None where it needs none.
@@ -77,6 +83,15 @@ class VmView(Protocol):
 
         device: its id; None: the only one.
         """
+
+    async def flush_pmem(self, device: str | None) -> str:
+        """Make a disk's image durable; its id comes back. device: its id; None: the only one."""
+
+    async def drop_pmem_cache(self, device: str | None) -> JsonObject:
+        """Give a disk's page cache back to the host; see verbs.CacheDropped."""
+
+    async def clear_pmem(self, device: str | None) -> str:
+        """Let flushes of a disk succeed again after a failure; its id comes back."""
 
     async def set_memory(self, size: int) -> JsonObject:
         """Set the guest's usable memory, in bytes; see verbs.MemoryPlan for what comes back."""

@@ -50,8 +50,14 @@ def _window_options(device: Device, number: int) -> list[str]:
     window, name = device["window"], f"{device['id']}-window"
     slot, function = divmod(number, len(_FUNCTIONS))
     address = f"{_FIRST_WINDOW_SLOT - slot:x}.{_FUNCTIONS[function]}"
+    backend = f"memory-backend-memfd,id={name},size={window['size']},share=on"
+    if window["file"] is not None:
+        backend = (
+            f"memory-backend-file,id={name},size={window['size']},share=on"
+            f",mem-path={_value(window['file'])}{',readonly=on' * window['readonly']}"
+        )
     return [
-        *("-object", f"memory-backend-memfd,id={name},size={window['size']},share=on"),
+        *("-object", backend),
         "-device",
         f"virtio-pmem-pci,id={name}-device,memdev={name},memaddr={window['address']:#x}"
         f",addr={address}",

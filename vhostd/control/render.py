@@ -80,6 +80,8 @@ def show_vm(vm: Object) -> None:
         ]
     for mem in vm["mem"]:
         rows += _mem_rows(mem)
+    for pmem in vm["pmem"]:
+        rows += _pmem_rows(pmem)
     rows += [
         (f"queue {index}", Text(f"quarantined: {fault}", "bold red"))
         for index, fault in vm.get("faults", {}).items()
@@ -103,6 +105,45 @@ def _mem_rows(mem: Object) -> list[tuple[str, Text | str]]:
         now = f"{_size(mem['violating_size'])} in unplugged blocks now"
         rows.append((f"{name} violations", Text(f"{mem['violations']} ever, {now}", "bold red")))
     return rows
+
+
+def _pmem_rows(pmem: Object) -> list[tuple[str, Text | str]]:
+    name = pmem["id"]
+    bad = pmem["failed"] or pmem["removed"]
+    kind = f"{pmem['mode']}{', read-only' if pmem['readonly'] else ''}"
+    rows: list[tuple[str, Text | str]] = [
+        (name, Text(f"{_size(pmem['size'])}, {kind}: {pmem['standing']}", "bold red" * bool(bad))),
+        (f"{name} image", Text(pmem["file"])),
+        (f"{name} flushes", f"{pmem['flushes']}, {pmem['flush_errors']} failed"),
+    ]
+    if pmem["cached"] is not None:
+        cache = ", ".join(f"{_size(pmem[key])} {key}" for key in ("cached", "dirty", "writeback"))
+        rows.append((f"{name} page cache", cache))
+    return rows
+
+
+def show_dropped(told: Object) -> None:
+    """What dropping a page cache came to."""
+    before, after = told["cached_before"], told["cached_after"]
+    rows = [("page cache", f"{_size(before)} before, {_size(after)} now")]
+    if told["why_not_all"]:
+        rows.append(("not all", told["why_not_all"]))
+    _show_rows(rows)
+
+
+def show_checks(checks: Sequence[Object]) -> None:
+    """One row for each thing looked at, and what to do below those that are not ok."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+    for check in checks:
+        verdict = check["verdict"]
+        table.add_row(Text(verdict, styles[verdict]), Text(check["name"]), Text(check["found"]))
+        if check["remedy"]:
+            table.add_row("", "", Text(f"-> {check['remedy']}"))
+    show(table)
 
 
 def show_plan(plan: Object) -> None:

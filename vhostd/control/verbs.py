@@ -6,18 +6,27 @@ The application's routes and /openapi.json are both made from it. Holds no behav
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from vhostd import __version__
+from vhostd.control.answers import (
+    BalloonStatus,
+    CacheDropped,
+    DeviceDescription,
+    Failure,
+    HintStatus,
+    MemoryPlan,
+    MemStatus,
+    PmemStatus,
+    VmStatus,
+)
 from vhostd.control.interface import HintAction, JsonObject
 
 WAIT_MAX_S: Final = 3600.0
 FRESH_TIMEOUT_DEFAULT_S: Final = 5.0
-
-State = Literal["waiting", "connected", "running", "stopped", "quarantined"]
 
 
 class BalloonTarget(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,142 +60,10 @@ class MemorySize(msgspec.Struct, forbid_unknown_fields=True):
     wait_s: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] | None = None
 
 
-class MemoryPlan(msgspec.Struct):
-    """How the guest gets to a size: requested of each memory device by id, and the balloon's
-    target. Bytes."""
+class PmemDevice(msgspec.Struct, forbid_unknown_fields=True):
+    """Which disk; may be left out where there is only one."""
 
-    size: int
-    mem: dict[str, int]
-    balloon: int
-
-
-class Failure(msgspec.Struct):
-    """Why a request was not fulfilled, on one line."""
-
-    error: str
-
-
-class HintStatus(msgspec.Struct):
-    """The current or latest free page hinting round; size in bytes."""
-
-    phase: Literal["idle", "requested", "running"]
-    command: int
-    size: int
-    blocks: int
-    ignored_blocks: int
-    rounds: int
-
-
-class QueueCounters(msgspec.Struct):
-    """What happened on one virtqueue."""
-
-    kicks: int
-    chains: int
-    used: int
-    calls: int
-    calls_dropped: int
-    faults: int
-    rejected: int
-
-
-class BalloonStatus(msgspec.Struct):
-    """A balloon; all sizes in bytes. `actual` and `stats` are what the guest says."""
-
-    target: int
-    actual: int
-    inflated: int
-    reported: int
-    discarded: int
-    stats: dict[str, int]
-    features: list[str]
-    reached: bool
-    guest_memory: int
-    poison_value: int
-    stats_received_s: float
-    stats_updates: int
-    inhibited: str | None
-    hint: HintStatus
-    counters: dict[str, int]
-    queues: dict[str, QueueCounters]
-
-
-class MemStatus(msgspec.Struct):
-    """A virtio-mem device; sizes in bytes, blocks as [first, how many].
-
-    `violations` counts unplugged blocks that were ever found to hold memory; `violating_` is what
-    the latest look found. `standing` says how far the guest is, and why not further. `window`:
-    the VMM has the memory the device needs. `inhibited`: why nothing is given back now.
-    """
-
-    id: str
-    size: int
-    requested: int
-    plugged: int
-    usable: int
-    block_size: int
-    node: int
-    violations: int
-    violating_size: int
-    violating_blocks: list[list[int]]
-    on_violation: str
-    address: int
-    window: bool
-    reached: bool
-    standing: str
-    inhibited: str | None
-    discarding: int
-    discard_errors: int
-    features: list[str]
-    answers: dict[str, int]
-    state: State
-    queues: dict[str, QueueCounters]
-
-
-class VmStatus(msgspec.Struct):
-    """One VM. `queues` above is by role; `faults` says by index which rings are quarantined.
-
-    `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
-    `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
-    are messages to the VMM, reads and writes those of the guest that the worker answered.
-    """
-
-    vm: str
-    state: State
-    mem: list[MemStatus]
-    pmem: list[dict[str, Any]]
-    connections: int
-    faults: dict[str, str]
-    messages_refused: int
-    chains_refused: int = 0
-    connections_refused: int = 0
-    config_changes: int = 0
-    config_reads: int = 0
-    config_writes: int = 0
-    usable: int | None = None
-    usable_goal: int | None = None
-    qmp: bool = False
-    balloon: BalloonStatus | None = None  # left out where there is none
-
-
-class WindowDescription(msgspec.Struct):
-    """Hidden guest memory that a device needs; bytes, and the guest's NUMA node."""
-
-    address: int
-    size: int
-    node: int
-
-
-class DeviceDescription(msgspec.Struct):
-    """One device as a VMM's command line must describe it."""
-
-    kind: str
-    id: str
-    path: str
-    virtio_id: int
-    queue_count: int
-    config_size: int
-    queue_size: int
-    window: WindowDescription | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +153,34 @@ VERBS: Final = (
         "Set the requested size of a memory device: bytes, or text such as 2G.",
         body=MemResize,
         answer=MemStatus,
+        changes=True,
+    ),
+    Verb("GET", "/v1/vms/{vm}/pmem", "list_pmem", "Its disks.", answer=list[PmemStatus]),
+    Verb(
+        "POST",
+        "/v1/vms/{vm}/pmem/flush",
+        "flush_pmem",
+        "Make all that was written to a disk durable.",
+        body=PmemDevice,
+        answer=PmemStatus,
+        changes=True,
+    ),
+    Verb(
+        "POST",
+        "/v1/vms/{vm}/pmem/drop-cache",
+        "drop_pmem_cache",
+        "Make a disk durable and give its page cache back to the host.",
+        body=PmemDevice,
+        answer=CacheDropped,
+        changes=True,
+    ),
+    Verb(
+        "POST",
+        "/v1/vms/{vm}/pmem/clear",
+        "clear_pmem",
+        "Let flushes succeed again, after a failure was seen to.",
+        body=PmemDevice,
+        answer=PmemStatus,
         changes=True,
     ),
     Verb(

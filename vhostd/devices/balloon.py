@@ -75,6 +75,7 @@ class Balloon:
     queue_count = QUEUE_COUNT
     config_size = CONFIG.size
     config_writable = CONFIG_WRITABLE
+    shmem_region_sizes = ()
 
     def __init__(self, options: BalloonOptions | None = None) -> None:
         self.options = options or BalloonOptions()

@@ -31,6 +31,7 @@ class Role(Enum):
     FREE_PAGE_HINT = "free_page_hint"
     REPORTING = "reporting"
     GUEST_REQUEST = "guest_request"
+    FLUSH = "flush"
 
 
 class DataPlane(IntFlag):
@@ -66,6 +67,10 @@ class DeviceEvent(StrEnum):
     MEM_INHIBITED = "mem_discards_inhibited"
     MEM_DISCARD_FAILED = "mem_discard_failed"
     MEM_WINDOW_MISSING = "mem_window_missing"
+    PMEM_MAPPED = "pmem_mapped"
+    PMEM_NOT_MAPPED = "pmem_not_mapped"
+    PMEM_FAILED = "pmem_failed"
+    PMEM_CLEARED = "pmem_cleared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,10 @@ class Device(Protocol):
         """Virtio feature bits, transport bits included."""
 
     @property
+    def shmem_region_sizes(self) -> Sequence[int]:
+        """Bytes of each shared memory region the VMM is to provide; their sum a power of two."""
+
+    @property
     def timer_interval_s(self) -> float:
         """How often on_timer() wants to be called, in seconds; 0: never."""
 
@@ -291,5 +300,6 @@ class Device(Protocol):
 
         Args:
             now_s: the wall clock, seconds since the epoch.
-            counters: the native data plane's counters, named as in struct vhd_balloon_counters.
+            counters: the native data plane's counters, named as in the structs of
+                c_src/vhd_api.h; none while no VMM is connected.
         """

@@ -57,6 +57,7 @@ class Mem:
     config_size = CONFIG.size
     config_writable = bytes(CONFIG.size)
     timer_interval_s = BEAT_S
+    shmem_region_sizes = ()
 
     def __init__(self, options: MemOptions) -> None:
         self.options = options

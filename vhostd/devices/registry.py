@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from vhostd.devices import mem_request
+from vhostd.devices import mem_request, pmem
 from vhostd.devices.balloon import BALLOON_DEVICE_ID, CONFIG, QUEUE_COUNT
 from vhostd.devices.mem_request import MEM_DEVICE_ID
 
@@ -41,4 +41,11 @@ MEM: Final = DeviceKind(
     config_size=mem_request.CONFIG.size,
     queue_size=128,
 )
-KINDS: Final = {kind.name: kind for kind in (BALLOON, MEM)}
+PMEM: Final = DeviceKind(
+    name="pmem",
+    virtio_id=pmem.PMEM_DEVICE_ID,
+    queue_count=pmem.QUEUE_COUNT,
+    config_size=pmem.CONFIG.size,
+    queue_size=64,
+)
+KINDS: Final = {kind.name: kind for kind in (BALLOON, MEM, PMEM)}

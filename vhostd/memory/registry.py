@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 
 import trio
@@ -72,6 +73,21 @@ class HeldRegion:
             self._registry.drop(file)
 
 
+class ImageRegion:
+    """A region whose file is a disk image. It is not mapped: no ring may lie in a guest's disk, no
+    page of it may be discarded, and what happens to the file must not happen to us.
+
+    Attributes:
+        device, inode: st_dev and st_ino of its file.
+    """
+
+    def __init__(self, identity: tuple[int, int]) -> None:
+        self.device, self.inode = identity
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 class MemoryRegistry:
     """All guest memory files of this process, each owned by one VM.
 
@@ -81,6 +97,7 @@ class MemoryRegistry:
 
     def __init__(self) -> None:
         self._files: dict[tuple[int, int], _MemoryFile] = {}
+        self._images: Counter[tuple[int, int]] = Counter()
         # Mapping a file may hang on its file system: its VM waits then, not the event loop. The
         # limit is our own so that hanging VMs cannot use up trio's default threads.
         self._threads = trio.CapacityLimiter(_MAPPING_THREADS_MAX)
@@ -89,14 +106,28 @@ class MemoryRegistry:
         """Files mapped now."""
         return len(self._files)
 
-    async def hold(self, owner: str, request: RegionRequest) -> HeldRegion:
+    def add_image(self, identity: tuple[int, int]) -> None:
+        """This file (st_dev, st_ino) is a disk image; several devices may have it."""
+        self._images[identity] += 1
+
+    def remove_image(self, identity: tuple[int, int]) -> None:
+        """One device less that has it."""
+        self._images[identity] -= 1
+        if self._images[identity] == 0:
+            del self._images[identity]
+
+    async def hold(self, owner: str, request: RegionRequest) -> HeldRegion | ImageRegion:
         """Map the region's file for the VM `owner`, unless it is mapped, and keep it mapped.
+
+        A disk image is left alone.
 
         Raises:
             FrontendError: the descriptor is no mappable memory file, the region lies outside its
                 file or is not aligned to its pages, or another VM owns the file.
         """
         status = await self._in_thread_fstat(request.file)
+        if (status.st_dev, status.st_ino) in self._images:
+            return ImageRegion((status.st_dev, status.st_ino))
         if not stat.S_ISREG(status.st_mode):
             raise FrontendError("memory region: its descriptor is no memory file")
         identity = (status.st_dev, status.st_ino)

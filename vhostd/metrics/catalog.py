@@ -141,6 +141,31 @@ PER_QUEUE: Final = (
            ("rejected",)),
 )  # fmt: skip
 
+# Of each entry of status["pmem"]; labels vm, device (its id).
+PER_PMEM: Final = (
+    Metric("pmem_size_bytes", "gauge", "The disk as the guest sees it.", ("size",)),
+    Metric("pmem_flushes_total", "counter", "Flushes of the guest, answered.", ("flushes",)),
+    Metric("pmem_flush_errors_total", "counter", "Flushes answered as failed.",
+           ("flush_errors",)),
+    Metric("pmem_malformed_total", "counter", "Requests that are no flush, or too short.",
+           ("malformed",)),
+    Metric("pmem_batches_total", "counter", "Syncs made for flushes; one serves all that wait.",
+           ("batches",)),
+    Metric("pmem_failed_seconds", "gauge",
+           "Since when every flush fails, since the epoch; no sample while all is well.",
+           ("failed_s",)),
+    Metric("pmem_mapped", "gauge", "1: the guest has the disk.", ("mapped",)),
+    Metric("pmem_cached_bytes", "gauge", "Page cache of the image.", ("cached",)),
+    Metric("pmem_dirty_bytes", "gauge", "Page cache not written yet.", ("dirty",)),
+    Metric("pmem_writeback_bytes", "gauge", "Page cache being written.", ("writeback",)),
+    Metric("pmem_allocated_bytes", "gauge", "What the image takes up on its file system.",
+           ("allocated",)),
+    Metric("pmem_free_bytes", "gauge", "What that file system has left.", ("free",)),
+    Metric("pmem_sync_seconds_total", "counter", "Time spent in syncs, of this connection.",
+           ("sync_total_s",)),
+    Metric("pmem_sync_max_seconds", "gauge", "The longest of them.", ("sync_max_s",)),
+)  # fmt: skip
+
 # Of each entry of status["mem"]; labels vm, device (its id).
 PER_MEM: Final = (
     Metric("mem_size_bytes", "gauge", "The most the device can add.", ("size",)),

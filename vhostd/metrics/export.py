@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from vhostd import __version__
-from vhostd.metrics.catalog import PER_MEM, PER_QUEUE, PER_VM, STATES, Metric
+from vhostd.metrics.catalog import PER_MEM, PER_PMEM, PER_QUEUE, PER_VM, STATES, Metric
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -60,7 +60,9 @@ class _Snapshot(Collector):
         for metric in PER_VM:
             yield self._per_vm(metric)
         for metric in PER_MEM:
-            yield self._per_mem(metric)
+            yield self._per_device(metric, "mem")
+        for metric in PER_PMEM:
+            yield self._per_device(metric, "pmem")
         for metric in PER_QUEUE:
             yield self._per_queue(metric)
 
@@ -72,13 +74,13 @@ class _Snapshot(Collector):
                 family.add_metric((status["vm"],), value)
         return family
 
-    def _per_mem(self, metric: Metric) -> MetricFamily:
+    def _per_device(self, metric: Metric, kind: str) -> MetricFamily:
         family = _family(metric, ("vm", "device"))
         for status in self._statuses:
-            for mem in status["mem"]:
-                value = _find(mem, metric.path)
+            for device in status[kind]:
+                value = _find(device, metric.path)
                 if value is not None:
-                    family.add_metric((status["vm"], mem["id"]), value)
+                    family.add_metric((status["vm"], device["id"]), value)
         return family
 
     def _per_queue(self, metric: Metric) -> MetricFamily:
@@ -94,7 +96,7 @@ class _Snapshot(Collector):
 
 def _devices(status: Status) -> dict[str, Status]:
     balloon = {"balloon": status["balloon"]} if "balloon" in status else {}
-    return {**balloon, **{mem["id"]: mem for mem in status["mem"]}}
+    return {**balloon, **{device["id"]: device for device in (*status["mem"], *status["pmem"])}}
 
 
 def _family(metric: Metric, labels: Sequence[str]) -> CounterMetricFamily | GaugeMetricFamily:
@@ -108,4 +110,4 @@ def _find(status: Status, path: Sequence[str]) -> float | None:
         if not isinstance(found, Mapping) or key not in found:
             return None
         found = found[key]
-    return float(found)
+    return None if found is None else float(found)

@@ -74,6 +74,22 @@ BACKEND_PROTOCOL_FEATURES: Final = (
 """What a device offers unless it says otherwise."""
 
 
+def protocol_features_for(*, shmem: bool, memory_slots: bool) -> ProtocolFeature:
+    """What a device offers.
+
+    Args:
+        shmem: it has shared memory regions.
+        memory_slots: the memory table may come slot by slot. QEMU 11.1 crashes at a reboot where
+            it may and shared memory is mapped.
+    """
+    features = BACKEND_PROTOCOL_FEATURES
+    if shmem:
+        features |= ProtocolFeature.SHMEM_MAP
+    if not memory_slots:
+        features &= ~ProtocolFeature.CONFIGURE_MEM_SLOTS
+    return features
+
+
 def feature_names(features: int, kind: type[VirtioFeature | ProtocolFeature]) -> list[str]:
     """Name the set bits, lowest first, for logs and status; a bit without a name is in hex."""
     names: list[str] = []

@@ -10,7 +10,7 @@ from vhostd.errors import FrontendError
 from vhostd.protocol.features import ProtocolFeature, VirtioFeature, feature_names
 from vhostd.protocol.framing import Message
 from vhostd.protocol.requests import Request
-from vhostd.protocol.wire import U64, ConfigSpace
+from vhostd.protocol.wire import U64, ConfigSpace, ShmemConfig
 from vhostd.session.actions import (
     Action,
     ConfigureConfigSpace,
@@ -120,6 +120,10 @@ def _get_max_mem_slots(_offer: Offer, state: SessionState, _message: Message) ->
     return Plan(state, payload=U64(MEMORY_SLOTS_MAX).pack())
 
 
+def _get_shmem_config(offer: Offer, state: SessionState, _message: Message) -> Plan:
+    return Plan(state, payload=ShmemConfig(offer.shmem_region_sizes).pack())
+
+
 def _set_backend_req_fd(_offer: Offer, state: SessionState, message: Message) -> Plan:
     action = SetBackendChannel(message.fds[0], ProtocolFeature.REPLY_ACK in state.acked)
     return Plan(replace(state, backend_channel=True), (action,))
@@ -188,6 +192,7 @@ HANDLERS: Final[dict[Request, Handler]] = {
     Request.RESET_OWNER: _reset_owner,
     Request.GET_QUEUE_NUM: _get_queue_num,
     Request.GET_MAX_MEM_SLOTS: _get_max_mem_slots,
+    Request.GET_SHMEM_CONFIG: _get_shmem_config,
     Request.SET_BACKEND_REQ_FD: _set_backend_req_fd,
     Request.SET_STATUS: _set_status,
     Request.GET_STATUS: _get_status,

@@ -28,12 +28,14 @@ class Offer:
         queue_count: queues it has.
         config_size: bytes of its config space.
         protocol_features: what GET_PROTOCOL_FEATURES answers.
+        shmem_region_sizes: bytes of each shared memory region; SHMEM_MAP must be offered with it.
     """
 
     device_features: int
     queue_count: int
     config_size: int
     protocol_features: ProtocolFeature = BACKEND_PROTOCOL_FEATURES
+    shmem_region_sizes: tuple[int, ...] = ()
 
     @property
     def features(self) -> int:

@@ -27,6 +27,11 @@ class Connection:
         return self._stream.fileno()
 
     @property
+    def peer_pid(self) -> int | None:
+        """The process that made the connection; None where the kernel does not say."""
+        return self._stream.peer_pid
+
+    @property
     def hung_up(self) -> bool:
         """The peer has closed its end, or we ours; messages may still be there to be read."""
         return self._stream.hung_up

@@ -21,6 +21,7 @@ FDS_PER_READ_MAX: Final = 253
 """SCM_MAX_FD, include/net/scm.h: with room for these no descriptor is ever cut off by our size."""
 
 _INT: Final = Struct("=i")
+_UCRED: Final = Struct("=iII")  # struct ucred: pid, uid, gid
 _FD_SIZE: Final = array.array("i").itemsize
 _ANCILLARY_SIZE: Final = socket.CMSG_SPACE(FDS_PER_READ_MAX * _FD_SIZE)
 
@@ -85,6 +86,12 @@ class UnixStream:
     def named(self) -> bool:
         """One of its two ends has an address, so it is not from a socket pair."""
         return bool(self._socket.getsockname() or self._socket.getpeername())
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process that connected (SO_PEERCRED, unix(7)); None if it can't be seen from here."""
+        answer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return _UCRED.unpack(answer)[0] or None
 
     @property
     def closed(self) -> bool:

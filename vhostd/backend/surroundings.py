@@ -1,0 +1,28 @@
+"""What all devices of a VM share. Values and callbacks only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vhostd.backend.journal import Journal
+from vhostd.memory.registry import MemoryRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The VM around a device.
+
+    Attributes:
+        stop_vm: has the VMM pause the VM; its argument says why.
+        connected: called when a VMM's connection was accepted.
+        memory_slots: the VMM may send its memory table slot by slot. QEMU 11.1 crashes at a reboot
+            where one device has that and another has shared memory mapped.
+    """
+
+    vm_name: str
+    registry: MemoryRegistry
+    journal: Journal
+    stop_vm: Callable[[str], None]
+    connected: Callable[[], None]
+    memory_slots: bool = True

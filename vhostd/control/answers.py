@@ -1,0 +1,198 @@
+"""What the control API answers with: the shapes of its JSON. Holds no behaviour."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+State = Literal["waiting", "connected", "running", "stopped", "quarantined"]
+
+
+class MemoryPlan(msgspec.Struct):
+    """How the guest gets to a size: requested of each memory device by id, and the balloon's
+    target. Bytes."""
+
+    size: int
+    mem: dict[str, int]
+    balloon: int
+
+
+class Failure(msgspec.Struct):
+    """Why a request was not fulfilled, on one line."""
+
+    error: str
+
+
+class HintStatus(msgspec.Struct):
+    """The current or latest free page hinting round; size in bytes."""
+
+    phase: Literal["idle", "requested", "running"]
+    command: int
+    size: int
+    blocks: int
+    ignored_blocks: int
+    rounds: int
+
+
+class QueueCounters(msgspec.Struct):
+    """What happened on one virtqueue."""
+
+    kicks: int
+    chains: int
+    used: int
+    calls: int
+    calls_dropped: int
+    faults: int
+    rejected: int
+
+
+class BalloonStatus(msgspec.Struct):
+    """A balloon; all sizes in bytes. `actual` and `stats` are what the guest says."""
+
+    target: int
+    actual: int
+    inflated: int
+    reported: int
+    discarded: int
+    stats: dict[str, int]
+    features: list[str]
+    reached: bool
+    guest_memory: int
+    poison_value: int
+    stats_received_s: float
+    stats_updates: int
+    inhibited: str | None
+    hint: HintStatus
+    counters: dict[str, int]
+    queues: dict[str, QueueCounters]
+
+
+class MemStatus(msgspec.Struct):
+    """A virtio-mem device; sizes in bytes, blocks as [first, how many].
+
+    `violations` counts unplugged blocks that were ever found to hold memory; `violating_` is what
+    the latest look found. `standing` says how far the guest is, and why not further. `window`:
+    the VMM has the memory the device needs. `inhibited`: why nothing is given back now.
+    """
+
+    id: str
+    size: int
+    requested: int
+    plugged: int
+    usable: int
+    block_size: int
+    node: int
+    violations: int
+    violating_size: int
+    violating_blocks: list[list[int]]
+    on_violation: str
+    address: int
+    window: bool
+    reached: bool
+    standing: str
+    inhibited: str | None
+    discarding: int
+    discard_errors: int
+    features: list[str]
+    answers: dict[str, int]
+    state: State
+    queues: dict[str, QueueCounters]
+
+
+class PmemStatus(msgspec.Struct):
+    """A virtio-pmem device; sizes in bytes, null where the kernel can't tell.
+
+    `flushes` are the guest's, `flush_errors` those that failed; `batches` the syncs made for them,
+    `syncs` all of this connection. `failed`: why every flush fails until it is cleared. `cached`,
+    `dirty` and `writeback` are page cache of the image, `allocated` what it takes up on its file
+    system, which has `free` left.
+    """
+
+    id: str
+    file: str
+    size: int
+    flushes: int
+    flush_errors: int
+    malformed: int
+    batches: int
+    mode: str
+    readonly: bool
+    mapped: bool
+    failed: str | None
+    failed_s: float | None
+    standing: str
+    cached: int | None
+    dirty: int | None
+    writeback: int | None
+    allocated: int | None
+    free: int | None
+    removed: bool
+    syncs: int
+    sync_last_s: float
+    sync_max_s: float
+    sync_total_s: float
+    features: list[str]
+    state: State
+    queues: dict[str, QueueCounters]
+
+
+class CacheDropped(msgspec.Struct):
+    """Page cache of an image before and after, bytes; why_not_all: what stood in the way."""
+
+    device: str
+    cached_before: int | None
+    cached_after: int | None
+    why_not_all: str | None
+
+
+class VmStatus(msgspec.Struct):
+    """One VM. `queues` above is by role; `faults` says by index which rings are quarantined.
+
+    `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
+    `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
+    are messages to the VMM, reads and writes those of the guest that the worker answered.
+    """
+
+    vm: str
+    state: State
+    mem: list[MemStatus]
+    pmem: list[PmemStatus]
+    connections: int
+    faults: dict[str, str]
+    messages_refused: int
+    chains_refused: int = 0
+    connections_refused: int = 0
+    config_changes: int = 0
+    config_reads: int = 0
+    config_writes: int = 0
+    usable: int | None = None
+    usable_goal: int | None = None
+    qmp: bool = False
+    balloon: BalloonStatus | None = None  # left out where there is none
+
+
+class WindowDescription(msgspec.Struct):
+    """Hidden guest memory that a device needs; bytes, and the guest's NUMA node.
+
+    file: what it must be; null: memory of its own.
+    """
+
+    address: int
+    size: int
+    node: int
+    file: str | None = None
+    readonly: bool = False
+
+
+class DeviceDescription(msgspec.Struct):
+    """One device as a VMM's command line must describe it."""
+
+    kind: str
+    id: str
+    path: str
+    virtio_id: int
+    queue_count: int
+    config_size: int
+    queue_size: int
+    window: WindowDescription | None = None

@@ -1,0 +1,281 @@
+"""virtio-pmem: a file as guest memory, made durable when the guest asks for it.
+
+Its one queue is run natively; here is what the driver learns, and what is known of the image.
+Source of all rules: virtio 1.x, chapter 5.19. Holds no file, fd or socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntFlag, StrEnum
+from struct import Struct
+from typing import Final
+
+from vhostd.devices.base import (
+    Chain,
+    DeviceEvent,
+    Effects,
+    Event,
+    GuestRange,
+    JsonObject,
+    Log,
+    MemorySlot,
+    Role,
+)
+from vhostd.devices.pmem_state import Failure, decode, encode
+from vhostd.errors import GuestError
+from vhostd.protocol.features import VirtioFeature
+
+PMEM_DEVICE_ID: Final = 27
+QUEUE_COUNT: Final = 1
+CONFIG: Final = Struct("<QQ")
+"""start and size of the region, guest-physical address and bytes."""
+
+
+class PmemFeature(IntFlag):
+    """Device feature bits (virtio 1.x, 5.19.3)."""
+
+    SHMEM_REGION = 1 << 0
+
+
+class PmemMode(StrEnum):
+    """How the guest gets the region.
+
+    SHMEM: as the PCI device's shared memory, which vhostd hands to the VMM; Linux 6.9 and later.
+    WINDOW: as memory at a fixed address that the VMM has from its command line.
+    """
+
+    SHMEM = "shmem"
+    WINDOW = "window"
+
+
+@dataclass(frozen=True, slots=True)
+class PmemOptions:
+    """What an operator chose; sizes in bytes.
+
+    Attributes:
+        file: path of the image, for people.
+        window_address: guest-physical, with PmemMode.WINDOW.
+    """
+
+    id: str
+    file: str
+    size: int
+    mode: PmemMode = PmemMode.SHMEM
+    window_address: int = 0
+    readonly: bool = False
+    packed: bool = True
+    in_order: bool = True
+
+    @property
+    def window(self) -> GuestRange:
+        """Where the VMM has the region, with PmemMode.WINDOW."""
+        return GuestRange(self.window_address, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageView:
+    """What was last seen of the image; bytes, None where the kernel can't tell.
+
+    Attributes:
+        free: what its file system has left, None for a block device.
+    """
+
+    cached: int | None = None
+    dirty: int | None = None
+    writeback: int | None = None
+    allocated: int | None = None
+    free: int | None = None
+    removed: bool = False
+
+
+class Pmem:
+    """One virtio-pmem device.
+
+    Attributes:
+        features: what the driver negotiated; 0 before.
+        started: a driver runs.
+        missing: why the guest does not have it, or None.
+        failure: why every flush fails until an operator clears it, or None.
+        image: what was last seen of it.
+        refused_image: why the image can't be opened, or None.
+    """
+
+    device_id = PMEM_DEVICE_ID
+    queue_count = QUEUE_COUNT
+    config_size = CONFIG.size
+    config_writable = bytes(CONFIG.size)
+    timer_interval_s = 0.0
+
+    def __init__(self, options: PmemOptions) -> None:
+        self.options = options
+        self.features = 0
+        self.started = False
+        self.missing: str | None = "no driver has started yet"
+        self.failure: Failure | None = None
+        self.image = ImageView()
+        self.refused_image: str | None = None
+        self._totals: dict[str, int] = {}
+
+    @property
+    def offered_features(self) -> int:
+        features = int(
+            VirtioFeature.VERSION_1
+            | VirtioFeature.RING_INDIRECT_DESC
+            | VirtioFeature.RING_EVENT_IDX
+        )
+        if self.options.mode is PmemMode.SHMEM:
+            features |= PmemFeature.SHMEM_REGION
+        if self.options.packed:
+            features |= VirtioFeature.RING_PACKED
+        if self.options.in_order:
+            features |= VirtioFeature.IN_ORDER
+        return features
+
+    @property
+    def shmem_region_sizes(self) -> tuple[int, ...]:
+        """Sizes of the shared memory regions; QEMU needs a power of two in sum.
+
+        The second is never mapped: the guest takes the first one's size as that of its disk, and
+        must not find room there that is no file.
+        """
+        if self.options.mode is not PmemMode.SHMEM:
+            return ()
+        size = self.options.size
+        padding = (1 << (size - 1).bit_length()) - size
+        return (size, padding) if padding else (size,)
+
+    def config(self) -> bytes:
+        if self.options.mode is PmemMode.SHMEM:
+            return CONFIG.pack(0, 0)
+        return CONFIG.pack(self.options.window_address, self.options.size)
+
+    def roles(self, features: int, started: Collection[int]) -> Mapping[int, Role]:
+        return {0: Role.FLUSH} if 0 in started else {}
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def on_memory(self, regions: Sequence[MemorySlot]) -> Effects:
+        return []
+
+    def on_features(self, features: int) -> Effects:
+        self.features = features
+        return []
+
+    def on_driver_reset(self) -> Effects:
+        return []
+
+    def on_started(self) -> Effects:
+        self.started = True
+        if self.options.mode is PmemMode.SHMEM and not self.features & PmemFeature.SHMEM_REGION:
+            self.missing = "the guest's kernel knows no shared memory region (Linux 6.9 does)"
+            told = {"device": self.options.id, "why": self.missing, "remedy": 'mode = "window"'}
+            return [Log(DeviceEvent.PMEM_NOT_MAPPED, told)]
+        return []
+
+    def on_stopped(self) -> Effects:
+        self.started = False
+        return []
+
+    def on_config_written(self, config: bytes) -> Effects:
+        return []
+
+    def on_chain(self, chain: Chain, now_s: float) -> Effects:
+        raise GuestError("a pmem device hands no chain up")
+
+    def on_timer(self) -> Effects:
+        return []
+
+    def on_disconnected(self) -> None:
+        self.started = False
+        self.features = 0
+        self.missing = "no driver has started yet"
+        self.image = ImageView()
+
+    def on_region(self, missing: str | None) -> Effects:
+        """The guest has the region now, or does not, for this reason."""
+        if missing == self.missing:
+            return []
+        self.missing = missing
+        told: JsonObject = {"device": self.options.id, "size": self.options.size}
+        if missing is None:
+            return [Event(DeviceEvent.PMEM_MAPPED, told)]
+        return [Event(DeviceEvent.PMEM_NOT_MAPPED, {**told, "why": missing})]
+
+    # -- the image -----------------------------------------------------------------------------
+
+    def on_failure(self, failure: Failure) -> Effects:
+        """A sync failed, or the image became unfit: flushes fail until it is cleared."""
+        if self.failure is not None:
+            return []
+        self.failure = failure
+        told = {"device": self.options.id, "file": self.options.file, "why": failure.why}
+        return [Event(DeviceEvent.PMEM_FAILED, told)]
+
+    def on_cleared(self) -> Effects:
+        """An operator has seen to it."""
+        if self.failure is None:
+            return []
+        self.failure = None
+        return [Event(DeviceEvent.PMEM_CLEARED, {"device": self.options.id})]
+
+    def add_counters(self, counters: Mapping[str, int]) -> None:
+        """Keep what a connection counted, now that it has ended."""
+        for name, value in counters.items():
+            self._totals[name] = self._totals.get(name, 0) + value
+
+    # -- for a successor, and for people -------------------------------------------------------
+
+    def save(self) -> JsonObject:
+        return encode(self.failure, self._totals)
+
+    def load(self, saved: JsonObject) -> None:
+        self.failure, self._totals = decode(saved)
+
+    @property
+    def standing(self) -> str:
+        """How it does, for people."""
+        if self.refused_image is not None:
+            return self.refused_image
+        if self.failure is not None:
+            return f"flushes fail: {self.failure.why}; see to it, then: vhostctl pmem clear"
+        if self.missing is not None:
+            return f"the guest does not have it: {self.missing}"
+        return "the guest has it"
+
+    def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
+        """Sizes in bytes; counters: what the connection there is has counted."""
+        options, image = self.options, self.image
+        total = {
+            name: self._totals.get(name, 0) + counters.get(name, 0)
+            for name in ("flushes", "flush_errors", "malformed", "batches")
+        }
+        return {
+            "id": options.id,
+            "file": options.file,
+            "size": options.size,
+            **total,
+            "mode": options.mode.value,
+            "readonly": options.readonly,
+            "mapped": self.missing is None,
+            "failed": None if self.failure is None else self.failure.why,
+            "failed_s": None if self.failure is None else self.failure.time_s,
+            "standing": self.standing,
+            "cached": image.cached,
+            "dirty": image.dirty,
+            "writeback": image.writeback,
+            "allocated": image.allocated,
+            "free": image.free,
+            "removed": image.removed,
+            "syncs": counters.get("syncs", 0),
+            "sync_last_s": counters.get("sync_ns_last", 0) / 1e9,
+            "sync_max_s": counters.get("sync_ns_max", 0) / 1e9,
+            "sync_total_s": counters.get("sync_ns", 0) / 1e9,
+            "features": pmem_feature_names(self.features),
+        }
+
+
+def pmem_feature_names(features: int) -> list[str]:
+    """Names of the device's own bits among these."""
+    return [bit.name.lower() for bit in PmemFeature if features & bit and bit.name]
