@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +54,19 @@ class VhostdProcess:
     @classmethod
     @asynccontextmanager
     async def start(
-        cls, folder: Path, configuration: str, *arguments: str
+        cls,
+        folder: Path,
+        configuration: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
     ) -> AsyncIterator[VhostdProcess]:
         """Write the configuration into folder (also the runtime directory), start, wait for READY.
 
+        environment: variables of the daemon beside the few it has.
         Leaving the block sends SIGTERM and wants exit code 0 within STOP_TIMEOUT_S.
         """
         config_path, log_path = folder / "vhostd.toml", folder / "vhostd.log"
+        notify_path = folder / "notify.sock"
         config_path.write_text(configuration)
         command = [str(PROGRAMS / "vhostd"), "run", "--config", str(config_path)]
         command += ["--runtime-dir", str(folder), "--state-dir", str(folder), *arguments]
@@ -68,7 +74,8 @@ class VhostdProcess:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
             log_path.open("ab") as log,
         ):
-            ready.bind(str(folder / "notify.sock"))
+            notify_path.unlink(missing_ok=True)
+            ready.bind(str(notify_path))
             ready.setblocking(False)
             process = subprocess.Popen(  # noqa: ASYNC220  # returns at once, see below
                 # However we end, the daemon ends with us. Not trio's own open_process(): it spawns
@@ -78,7 +85,11 @@ class VhostdProcess:
                 stdout=log,
                 stderr=log,
                 process_group=0,  # Ctrl-C on the terminal is for us, who end it in order
-                env={"NOTIFY_SOCKET": str(folder / "notify.sock"), "PATH": "/usr/bin:/bin"},
+                env={
+                    "NOTIFY_SOCKET": str(folder / "notify.sock"),
+                    "PATH": "/usr/bin:/bin",
+                    **(environment or {}),
+                },
             )
             self = cls(folder, process, log_path)
             try:

@@ -8,6 +8,7 @@ The way of a message, each folder with one promise and one prohibition:
 * devices/    DEVICE LOGIC. Chains and wishes to effects; pure, touches no guest memory.
 * backend/    SHELL of one VM. Performs actions and effects; decides nothing.
 * memory/     HOST MEMORY. Owns mappings; knows no ring.
+* images/     DISK IMAGES. Opened, locked, created, their page cache; knows no VMM.
 * _native/    NATIVE. The only package that sees cffi; the worker thread and the rings in C.
 
 Beside the way: control/ (HTTP API and vhostctl), metrics/, daemon.py (the one nursery), config.py.

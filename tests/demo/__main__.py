@@ -12,11 +12,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+from vhostd.images.image_file import create_image
 from vhostd.units import GiB, MiB
 
 from tests.daemon import ControlFailed, DaemonFailed, VhostdProcess
 from tests.demo.screen import Sample, Screen, Step
 from tests.vm.cache import StackError
+from tests.vm.e2fsprogs import E2fsprogs
 from tests.vm.guest import (
     Guest,
     GuestBootError,
@@ -24,6 +26,7 @@ from tests.vm.guest import (
     QemuDied,
     balloon_device,
     boot,
+    disk_device,
     memory_device,
 )
 from tests.vm.stack import ensure
@@ -52,6 +55,15 @@ node = {node}
 """
     for node in range(2)
 )
+DISK_SIZE = 192 * MiB
+DISK = """
+[[vm.demo.pmem]]
+id = "disk0"
+socket = "demo-disk0.sock"
+file = "{image}"
+size = "192MiB"
+"""
+TEXT = "written before the power went out"
 FAILURES = (
     StackError, GuestBootError, GuestCommandError, QemuDied, DaemonFailed, ControlFailed, OSError,
 )  # fmt: skip
@@ -60,10 +72,14 @@ FAILURES = (
 class Demo:
     """The steps, over one daemon and one guest."""
 
-    def __init__(self, screen: Screen, daemon: VhostdProcess, guest: Guest) -> None:
+    def __init__(
+        self, screen: Screen, daemon: VhostdProcess, guest: Guest, image: Path, tools: E2fsprogs
+    ) -> None:
         self.screen = screen
         self.daemon = daemon
         self.guest = guest
+        self.image = image
+        self.tools = tools
 
     async def sample(self) -> Sample:
         """Look at the guest (its own /proc/meminfo), the daemon and the host at about one time."""
@@ -102,6 +118,7 @@ class Demo:
         await self.report()
         await self.grow()
         await self.shrink()
+        await self.lose_power()
 
     async def inflate(self) -> None:
         """Take 256 MiB of the guest's scattered free pages."""
@@ -178,6 +195,27 @@ class Demo:
         step.host_got = f"{got} ({mib(before.host)} → {mib(after.host)}), windows {mib(left)}"
         self.end(step, after.plugged == 0 and left == 0)
 
+    async def lose_power(self) -> None:
+        """A file on the guest's disk, a sync, and the end of QEMU without warning."""
+        step = self.begin("kill -9 of QEMU, right after the guest's sync on /dev/pmem0")
+        await self.guest.run(
+            "mkfs.ext4 -q -b 4096 -F /dev/pmem0 && mount -o dax /dev/pmem0 /mnt"
+            f" && echo '{TEXT}' > /mnt/file && sync",
+            timeout_s=STEP_TIMEOUT_S,
+        )
+        mounted = await self.guest.run("grep pmem0 /proc/mounts")
+        flushes = (await self.daemon.status("demo"))["pmem"][0]["flushes"]
+        self.guest.kill()
+        await self.guest.wait_exit()
+        step.guest_saw = f"ext4 on {mounted.split()[0]}, dax, one file written and synced"
+        check = self.tools.run("e2fsck", "-fp", self.image)
+        found = self.tools.run("debugfs", "-R", "cat /file", self.image).stdout.strip()
+        whole = check.returncode in (0, 1)  # 1: the journal was played
+        state = "whole" if whole else f"broken (e2fsck {check.returncode})"
+        where = "the file in the image" if found == TEXT else "no such file in the image"
+        step.host_got = f"{where}, its file system {state}, after {flushes} flushes"
+        self.end(step, found == TEXT and whole and flushes > 0)
+
     async def node_sizes(self) -> Counter[int]:
         """MemTotal of the guest's NUMA nodes, as its own node files have it; bytes.
 
@@ -220,7 +258,10 @@ async def demonstrate(screen: Screen) -> None:
     stack = await trio.to_thread.run_sync(ensure, ("6.12",))
     async with runtime_folder() as folder:
         screen.say("starting vhostd")
-        async with VhostdProcess.start(folder, CONFIGURATION) as daemon:
+        image = folder / "disk.img"
+        create_image(image, DISK_SIZE)
+        configuration = CONFIGURATION + DISK.format(image=image)
+        async with VhostdProcess.start(folder, configuration) as daemon:
             screen.say("booting a Linux 6.12 guest with 1 GiB in QEMU, its memory is vhostd's")
             async with boot(
                 stack,
@@ -232,11 +273,12 @@ async def demonstrate(screen: Screen) -> None:
                     *balloon_device(folder / "demo-balloon.sock"),
                     *memory_device(folder / "demo-mem0.sock", 0, GiB, WINDOW_ADDRESS),
                     *memory_device(folder / "demo-mem1.sock", 1, GiB, WINDOW_ADDRESS + GiB),
+                    *disk_device(folder / "demo-disk0.sock"),
                 ],
-                modprobe=("virtio_balloon", "virtio_mem"),
+                modprobe=("virtio_balloon", "virtio_mem", "virtio_pmem", "nd_pmem"),
                 append="memhp_default_state=online_movable",
             ) as guest:
-                await Demo(screen, daemon, guest).run()
+                await Demo(screen, daemon, guest, image, stack.e2fsprogs).run()
             screen.say("guest ended")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vhostd.units import GiB, MiB
 
 from tests.daemon import VhostdProcess
 from tests.vm.guest import Guest, balloon_device, boot
@@ -72,6 +73,55 @@ class ServedMemory(Served):
 
 ServeMemory = Callable[..., AbstractAsyncContextManager[ServedMemory]]
 
+DISK_SIZE = 192 * MiB  # no power of two, so that the padding of shared memory regions is used
+DISK_MODULES = ("virtio_pmem", "nd_pmem")
+
+
+def disk_device(
+    image: Path, mode: str, number: int = 0, size: int = DISK_SIZE, options: str = ""
+) -> str:
+    """The configuration of device disk0, disk1, and so on."""
+    address = WINDOW_ADDRESS + number * GiB
+    window = f"window_address = {address:#x}\n" if mode == "window" else ""
+    return (
+        f'[[vm.{VM}.pmem]]\nid = "disk{number}"\nfile = "{image}"\nsize = {size}\n'
+        f'mode = "{mode}"\n{window}{options}\n'
+    )
+
+
+@dataclass(frozen=True)
+class ServedDisk(Served):
+    """A guest with virtio-pmem devices."""
+
+    async def pmem(self, number: int = 0) -> dict[str, Any]:
+        """One device's part of the VM's status."""
+        pmem: dict[str, Any] = (await self.daemon.status(VM))["pmem"][number]
+        return pmem
+
+    async def mount(self, options: str = "-o dax", device: str = "/dev/pmem0") -> None:
+        """Mount the disk's file system at /mnt."""
+        await self.guest.run(f"mount -t ext4 {options} {device} /mnt")
+
+
+ServeDisk = Callable[..., AbstractAsyncContextManager[ServedDisk]]
+"""serve_disk(devices, kernel="6.12", ...): what QEMU gets is what vhostctl prints for these."""
+
+
+async def qemu_options(daemon: VhostdProcess, memory: str = "1G") -> tuple[list[str], str | None]:
+    """What vhostctl says a VMM needs for the VM's devices, and the maxmem that goes with it.
+
+    What the guest of the tests has anyway, its RAM, is left out.
+    """
+    options: list[str] = json.loads(await daemon.ctl("--json", "qemu-args", VM, "--memory", memory))
+    size = options[options.index("-m") + 1]
+    maxmem = size.split("maxmem=")[1].split(",")[0] if "maxmem=" in size else None
+    ram = next(at for at, option in enumerate(options) if ",id=ram0," in option)
+    return [
+        option
+        for option in options[ram + 1 :]
+        if not option.startswith("node,") and option != "-numa"
+    ], maxmem
+
 
 @pytest.fixture(scope="session")
 def stack() -> Stack:
@@ -131,28 +181,63 @@ def serve_memory(stack: Stack, tmp_path: Path) -> ServeMemory:
         configuration = f'[vm.{VM}]\nqmp = "{monitor}"\n' if qmp else ""
         configuration += f"[vm.{VM}.balloon]\n" if balloon else ""
         async with VhostdProcess.start(tmp_path, configuration + devices) as daemon:
-            words = ("--json", "qemu-args", VM, "--memory", memory)
-            options: list[str] = json.loads(await daemon.ctl(*words))
-            size = options[options.index("-m") + 1]
-            # What the guest of the tests has anyway, its RAM, is the first of the objects.
-            windows = options.index("-object", options.index("-object") + 1)
+            options, max_memory = await qemu_options(daemon, memory)
             async with boot(
                 stack,
                 kernel=kernel,
                 memory=memory,
-                max_memory=size.split("maxmem=")[1].split(",")[0],
+                max_memory=max_memory,
                 nodes=nodes,
-                devices=[
-                    *(
-                        option
-                        for option in options[windows:]
-                        if not option.startswith("node,") and option != "-numa"
-                    ),
-                    *("-qmp", f"unix:{monitor},server=on,wait=off"),
-                ],
+                devices=[*options, "-qmp", f"unix:{monitor},server=on,wait=off"],
                 modprobe=modprobe,
                 append=append,
             ) as guest:
                 yield ServedMemory(daemon, guest)
 
     return start
+
+
+@pytest.fixture
+def serve_disk(stack: Stack, tmp_path: Path) -> ServeDisk:
+    """See ServeDisk."""
+
+    @asynccontextmanager
+    async def start(
+        devices: str,
+        kernel: str = "6.12",
+        *,
+        balloon: bool = False,
+        qmp: bool = True,
+        append: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[ServedDisk]:
+        monitor = tmp_path / "vmm.qmp"
+        configuration = f'[vm.{VM}]\nqmp = "{monitor}"\n' if qmp else ""
+        configuration += f"[vm.{VM}.balloon]\n" if balloon else ""
+        async with (
+            VhostdProcess.start(
+                tmp_path, configuration + devices, environment=environment
+            ) as daemon,
+            guest_with_disks(stack, daemon, monitor, kernel, append) as guest,
+        ):
+            yield ServedDisk(daemon, guest)
+
+    return start
+
+
+@asynccontextmanager
+async def guest_with_disks(
+    stack: Stack, daemon: VhostdProcess, monitor: Path, kernel: str, append: str = ""
+) -> AsyncIterator[Guest]:
+    """Boot a guest with all devices the daemon has for it."""
+    options, max_memory = await qemu_options(daemon, "512M")
+    async with boot(
+        stack,
+        kernel=kernel,
+        memory="512M",
+        max_memory=max_memory,
+        devices=[*options, "-qmp", f"unix:{monitor},server=on,wait=off"],
+        modprobe=(*DISK_MODULES, "virtio_balloon"),
+        append=append,
+    ) as guest:
+        yield guest

@@ -26,7 +26,13 @@ from vhostd.qmp import QmpClient, QmpClosed, qmp_over, running
 from tests.vm.acceleration import Acceleration, choose
 from tests.vm.channel import Boot, CommandChannel, GuestCommandError, GuestProcess
 from tests.vm.hostmemory import memory_backends
-from tests.vm.machine import Machine, balloon_device, memory_device, window_device
+from tests.vm.machine import (
+    Machine,
+    balloon_device,
+    disk_device,
+    memory_device,
+    window_device,
+)
 from tests.vm.stack import Kernel, Stack
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "QemuDied",
     "balloon_device",
     "boot",
+    "disk_device",
     "memory_device",
     "window_device",
 ]

@@ -50,6 +50,15 @@ def memory_device(socket_path: str | Path, index: int, size: int, address: int) 
     ]
 
 
+def disk_device(socket_path: str | Path, id: str = "disk0") -> list[str]:
+    """QEMU options for a vhost-user virtio-pmem device whose region the backend supplies."""
+    return [
+        *("-chardev", f"socket,id={id},path={socket_path}"),
+        "-device",
+        f"vhost-user-test-device-pci,chardev={id},virtio-id=27,num_vqs=1,config_size=16,vq_size=64",
+    ]
+
+
 @dataclass(frozen=True)
 class Machine:
     """What boot() was asked for. `memory` and `max_memory` are sizes as QEMU writes them.

@@ -161,6 +161,8 @@ class Storage:
         options = self._device.options
         if options.mode is PmemMode.WINDOW:
             return self._device.on_region(self._why_no_window())
+        if not self._device.wants_mapping:
+            return []
         if any(part.size == options.size for part in found):
             return self._device.on_region(None)
         return [] if self._device.missing else self._device.on_region("the VMM took it away")
@@ -177,7 +179,7 @@ class Storage:
     def on_started(self) -> None:
         """The VMM bears requests now: hand it the image, unless it has it from before."""
         options, image = self._device.options, self._open
-        if options.mode is not PmemMode.SHMEM or image is None:
+        if image is None or not self._device.wants_mapping:
             return
         if self._memory.images(image.identity):
             return
@@ -194,6 +196,9 @@ class Storage:
             self._perform(self._device.on_region(None))
             return
         why = "the VMM did not answer" if verdict is None else f"the VMM refused it ({verdict})"
+        if verdict and self._device.options.readonly:
+            # A writable descriptor would do, but QEMU 11.1 ignores the flag and maps it writable.
+            why += ': QEMU 11.1 takes no read-only file as shared memory; set mode = "window"'
         self._journal.log.error(
             LogEvent.IMAGE_NOT_MAPPED, device=self._device.options.id, error=why
         )

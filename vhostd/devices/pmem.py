@@ -146,6 +146,11 @@ class Pmem:
         padding = (1 << (size - 1).bit_length()) - size
         return (size, padding) if padding else (size,)
 
+    @property
+    def wants_mapping(self) -> bool:
+        """The driver looks for the region in shared memory."""
+        return bool(self.features & PmemFeature.SHMEM_REGION)
+
     def config(self) -> bytes:
         if self.options.mode is PmemMode.SHMEM:
             return CONFIG.pack(0, 0)
@@ -168,7 +173,7 @@ class Pmem:
 
     def on_started(self) -> Effects:
         self.started = True
-        if self.options.mode is PmemMode.SHMEM and not self.features & PmemFeature.SHMEM_REGION:
+        if self.options.mode is PmemMode.SHMEM and not self.wants_mapping:
             self.missing = "the guest's kernel knows no shared memory region (Linux 6.9 does)"
             told = {"device": self.options.id, "why": self.missing, "remedy": 'mode = "window"'}
             return [Log(DeviceEvent.PMEM_NOT_MAPPED, told)]
