@@ -1,0 +1,1 @@
+"""What one daemon leaves to the next."""
