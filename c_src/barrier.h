@@ -39,6 +39,11 @@ static inline void vhd_store32(void *at, uint32_t value)
     atomic_store_explicit((_Atomic uint32_t *)at, value, memory_order_relaxed);
 }
 
+static inline void vhd_store64(void *at, uint64_t value)
+{
+    atomic_store_explicit((_Atomic uint64_t *)at, value, memory_order_relaxed);
+}
+
 /* After reading avail.idx (packed: a descriptor's flags), before reading what it announces. Pairs
  * with virtio_wmb() in virtqueue_add_split() / virtqueue_add_packed(). */
 static inline void vhd_fence_after_avail(void)
@@ -59,6 +64,15 @@ static inline void vhd_fence_before_used(void)
 static inline void vhd_fence_store_load(void)
 {
     atomic_thread_fence(memory_order_seq_cst);
+}
+
+/* Between two stores of which a successor may find only the first. SIGKILL ends a thread between
+ * two instructions: all that come before are done, whatever order other processors see them in,
+ * and the kernel orders the end of a process before what its successor does. So it is the
+ * program's order alone that must hold, and only the compiler could break it. */
+static inline void vhd_fence_before_death(void)
+{
+    atomic_signal_fence(memory_order_seq_cst);
 }
 
 #endif

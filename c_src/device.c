@@ -1,16 +1,10 @@
 /* device.c - one connection's queues, config bytes and events: their life, under Python's command.
  * Must not know what runs on a queue, nor wait for anything. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "barrier.h"
 #include "vhd.h"
-
-enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 1 };
 
 static void assert_parked(const struct vhd_device *device)
 {
@@ -25,27 +19,8 @@ static struct vhd_queue *queue_at(struct vhd_device *device, uint32_t index)
 
 /* -- life ------------------------------------------------------------------------------------- */
 
-static int open_shared(struct vhd_device *device)
-{
-    void *at;
-
-    device->shared_fd = memfd_create("vhostd-device", MFD_CLOEXEC);
-    if (device->shared_fd < 0)
-        return -errno;
-    if (ftruncate(device->shared_fd, sizeof *device->shared) != 0)
-        return -errno;
-    at = mmap(NULL, sizeof *device->shared, PROT_READ | PROT_WRITE, MAP_SHARED, device->shared_fd,
-              0);
-    if (at == MAP_FAILED)
-        return -errno;
-    device->shared = at;
-    device->shared->magic = SHARED_MAGIC;
-    device->shared->version = SHARED_VERSION;
-    return 0;
-}
-
-vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
-                              const uint8_t *config_writable, int *error)
+static vhd_device *make(int shared_fd, int reply_fd, uint32_t queue_count, uint32_t config_size,
+                        const uint8_t *config_writable, int *error)
 {
     struct vhd_device *device;
 
@@ -56,17 +31,14 @@ vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
         *error = -ENOMEM;
         return NULL;
     }
-    *error = open_shared(device);
+    *error = vhd_shared_open(device, shared_fd, reply_fd, queue_count, config_size);
     if (*error != 0) {
-        if (device->shared_fd >= 0)
-            close(device->shared_fd);
         free(device);
         return NULL;
     }
     pthread_mutex_init(&device->lock, NULL);
     device->socket_fd = -1;
-    device->queue_count = device->shared->queue_count = queue_count;
-    device->shared->config_size = config_size;
+    device->queue_count = queue_count;
     memcpy(device->config_writable, config_writable, config_size);
     device->balloon.counters = &device->shared->balloon;
     device->balloon.poison_val =
@@ -81,14 +53,34 @@ vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
     return device;
 }
 
+vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
+                              const uint8_t *config_writable, int *error)
+{
+    return make(-1, -1, queue_count, config_size, config_writable, error);
+}
+
+vhd_device *vhd_device_adopt(int shared_fd, int reply_fd, uint32_t queue_count,
+                             uint32_t config_size, const uint8_t *config_writable, int *error)
+{
+    struct vhd_device *device = NULL;
+
+    *error = -EBADF;
+    if (shared_fd >= 0 && reply_fd >= 0)
+        device = make(shared_fd, reply_fd, queue_count, config_size, config_writable, error);
+    if (device != NULL) {
+        device->events = VHD_EVENT_CONFIG;
+        device->recount = true;
+    }
+    return device;
+}
+
 void vhd_device_destroy(vhd_device *device)
 {
     if (device == NULL)
         return;
     assert(device->worker == NULL);
     pthread_mutex_destroy(&device->lock);
-    munmap(device->shared, sizeof *device->shared);
-    close(device->shared_fd);
+    vhd_shared_close(device);
     free(device);
 }
 
@@ -100,6 +92,8 @@ int vhd_device_attach(vhd_device *device, vhd_worker *worker)
     rc = vhd_worker_add(worker, device);
     if (rc == 0)
         device->worker = worker;
+    if (rc == 0 && device->events != 0)
+        vhd_worker_notify(worker); /* raised before there was one */
     return rc;
 }
 
@@ -189,6 +183,7 @@ int vhd_device_set_regions(vhd_device *device, const struct vhd_region *regions,
             rc = vhd_ring_translate(&device->queues[i].ring, &device->tables[next]);
     if (rc == 0) {
         device->table = next;
+        vhd_shared_recount(device, table_of(device));
         return 0;
     }
     /* All lay in the old table before, so they do again. */
@@ -212,17 +207,12 @@ void vhd_device_set_log(vhd_device *device, vhd_log *log, int log_all)
 
 /* -- rings ------------------------------------------------------------------------------------ */
 
-int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
+/* Serve queue->ring, which is set up. */
+static int start(struct vhd_device *device, struct vhd_queue *queue,
+                 const struct vhd_ring_setup *setup)
 {
-    struct vhd_queue *queue = queue_at(device, index);
-    int rc;
+    int rc = vhd_handed_open(queue);
 
-    assert(device->worker != NULL && !queue->started);
-    assert_parked(device);
-    rc = vhd_ring_init(&queue->ring, table_of(device), setup);
-    if (rc != 0)
-        return rc;
-    rc = vhd_handed_open(queue);
     if (rc != 0)
         return rc;
     queue->kick_fd = setup->kick_fd;
@@ -238,10 +228,52 @@ int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_set
     queue->err_fd = setup->err_fd;
     queue->started = true;
     queue->enabled = queue->look = false;
+    vhd_queue_publish_position(queue);
+    vhd_fence_before_death();
+    queue->shared->start_number = setup->start_number; /* now the rest is of this start */
     queue->shared->started = 1;
     queue->shared->enabled = 0;
+    return 0;
+}
+
+int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
+{
+    struct vhd_queue *queue = queue_at(device, index);
+    int rc;
+
+    assert(device->worker != NULL && !queue->started);
+    assert_parked(device);
+    rc = vhd_ring_init(&queue->ring, table_of(device), setup);
+    if (rc != 0)
+        return rc;
     queue->shared->fault = VHD_FAULT_NONE;
-    vhd_queue_publish_position(queue);
+    queue->shared->push = (struct vhd_ring_push){0, 0};
+    return start(device, queue, setup);
+}
+
+int vhd_ring_resume(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
+{
+    struct vhd_queue *queue = queue_at(device, index);
+    struct vhd_ring_setup found = *setup;
+    int rc;
+
+    assert(device->worker != NULL && !queue->started);
+    assert_parked(device);
+    if (queue->shared->start_number == setup->start_number) {
+        found.position = queue->shared->position;
+        rc = vhd_ring_init_resumed(&queue->ring, table_of(device), &found, queue->shared->push);
+        if (rc == 0)
+            rc = start(device, queue, &found);
+    } else {
+        rc = vhd_ring_start(device, index, setup);
+    }
+    if (rc != 0)
+        return rc;
+    /* What was given back last may not have been marked for the migration either. */
+    vhd_ring_log_all_used(&queue->ring);
+    vhd_queue_call_unasked(queue);
+    if (queue->shared->fault != VHD_FAULT_NONE)
+        vhd_queue_signal_fault(device, queue);
     return 0;
 }
 
@@ -289,7 +321,6 @@ void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position 
     if (!queue->started)
         return;
     *position = vhd_queue_position(queue);
-    queue->shared->position = *position;
     queue->started = queue->enabled = queue->look = false;
     queue->shared->started = queue->shared->enabled = 0;
     vhd_queue_unwatch(device, queue);

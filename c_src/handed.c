@@ -162,6 +162,7 @@ int vhd_handed_deliver_one(struct vhd_device *device, struct vhd_queue *queue)
     pthread_mutex_lock(&device->lock);
     queue->oldest++;
     pthread_mutex_unlock(&device->lock);
+    vhd_queue_publish_position(queue);
     return 1;
 }
 

@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "barrier.h"
 #include "vhd.h"
 
 enum { SHARED_MAGIC = 0x76686469 /* "vhdi" */, SHARED_VERSION = 1 };
@@ -34,10 +35,14 @@ struct cachestat_counts {
 
 struct vhd_image {
     int fd;
+    int witness_fd; /* -1 = none */
     int shared_fd;
     struct vhd_image_shared *shared;
     pthread_mutex_t syncing;
-    _Atomic uint32_t users;
+    bool outcome_unknown; /* under syncing: a sync was cut short by a predecessor's death */
+    pthread_mutex_t counting;
+    pthread_cond_t alone;
+    uint32_t users; /* under counting */
 };
 
 static int check(int fd)
@@ -52,35 +57,66 @@ static int check(int fd)
     return 0;
 }
 
-static int open_shared(struct vhd_image *image)
+static bool same_file(int fd, int other)
+{
+    struct stat one, two;
+
+    if (fstat(fd, &one) != 0 || fstat(other, &two) != 0)
+        return false;
+    if (S_ISBLK(one.st_mode)) /* two device nodes may name one disk */
+        return S_ISBLK(two.st_mode) && one.st_rdev == two.st_rdev;
+    return one.st_dev == two.st_dev && one.st_ino == two.st_ino;
+}
+
+static int open_shared(struct vhd_image *image, int inherited)
 {
     void *at;
+    int rc = vhd_memfd_open("vhostd-image", inherited, sizeof *image->shared, &at);
 
-    image->shared_fd = memfd_create("vhostd-image", MFD_CLOEXEC);
-    if (image->shared_fd < 0 || ftruncate(image->shared_fd, sizeof *image->shared) != 0)
-        return -errno;
-    at = mmap(NULL, sizeof *image->shared, PROT_READ | PROT_WRITE, MAP_SHARED, image->shared_fd, 0);
-    if (at == MAP_FAILED)
-        return -errno;
+    if (rc < 0)
+        return rc;
+    image->shared_fd = rc;
     image->shared = at;
-    image->shared->magic = SHARED_MAGIC;
-    image->shared->version = SHARED_VERSION;
+    if (inherited < 0) {
+        image->shared->version = SHARED_VERSION;
+        vhd_fence_before_death();
+        image->shared->magic = SHARED_MAGIC;
+    }
+    if (image->shared->magic != SHARED_MAGIC || image->shared->version != SHARED_VERSION)
+        return -EPROTO;
+    image->outcome_unknown = image->shared->syncing != 0;
     return 0;
+}
+
+/* The open file stays the caller's: its locks, and what it was told about errors. */
+static int open_files(struct vhd_image *image, int fd, int witness_fd)
+{
+    image->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (image->fd < 0)
+        return -errno;
+    if (witness_fd < 0)
+        return 0;
+    if (!same_file(fd, witness_fd))
+        return -EINVAL;
+    image->witness_fd = fcntl(witness_fd, F_DUPFD_CLOEXEC, 0);
+    return image->witness_fd < 0 ? -errno : 0;
 }
 
 static void free_image(struct vhd_image *image)
 {
     if (image->shared != NULL)
-        munmap(image->shared, sizeof *image->shared);
-    if (image->shared_fd >= 0)
-        close(image->shared_fd);
+        vhd_memfd_close(image->shared_fd, image->shared, sizeof *image->shared);
+    if (image->witness_fd >= 0)
+        close(image->witness_fd);
     if (image->fd >= 0)
         close(image->fd);
+    pthread_cond_destroy(&image->alone);
+    pthread_mutex_destroy(&image->counting);
     pthread_mutex_destroy(&image->syncing);
     free(image);
 }
 
-vhd_image *vhd_image_create(int fd, int *error)
+vhd_image *vhd_image_create(int fd, int witness_fd, int shared_fd, int *error)
 {
     struct vhd_image *image = calloc(1, sizeof *image);
 
@@ -89,14 +125,15 @@ vhd_image *vhd_image_create(int fd, int *error)
         return NULL;
     }
     pthread_mutex_init(&image->syncing, NULL);
+    pthread_mutex_init(&image->counting, NULL);
+    pthread_cond_init(&image->alone, NULL);
     image->users = 1;
-    image->fd = image->shared_fd = -1;
+    image->fd = image->witness_fd = image->shared_fd = -1;
     *error = check(fd);
-    if (*error == 0) {
-        /* The open file stays the caller's: its locks, and what it was told about errors. */
-        image->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-        *error = image->fd < 0 ? -errno : open_shared(image);
-    }
+    if (*error == 0)
+        *error = open_files(image, fd, witness_fd);
+    if (*error == 0)
+        *error = open_shared(image, shared_fd);
     if (*error != 0) {
         free_image(image);
         return NULL;
@@ -106,18 +143,42 @@ vhd_image *vhd_image_create(int fd, int *error)
 
 void vhd_image_hold(struct vhd_image *image)
 {
-    atomic_fetch_add(&image->users, 1);
+    pthread_mutex_lock(&image->counting);
+    image->users++;
+    pthread_mutex_unlock(&image->counting);
 }
 
 void vhd_image_release(vhd_image *image)
 {
-    if (image != NULL && atomic_fetch_sub(&image->users, 1) == 1)
+    uint32_t left;
+
+    if (image == NULL)
+        return;
+    pthread_mutex_lock(&image->counting);
+    left = --image->users;
+    if (left == 1)
+        pthread_cond_broadcast(&image->alone);
+    pthread_mutex_unlock(&image->counting);
+    if (left == 0)
         free_image(image);
+}
+
+void vhd_image_wait_alone(vhd_image *image)
+{
+    pthread_mutex_lock(&image->counting);
+    while (image->users > 1)
+        pthread_cond_wait(&image->alone, &image->counting);
+    pthread_mutex_unlock(&image->counting);
 }
 
 const struct vhd_image_shared *vhd_image_shared(const vhd_image *image)
 {
     return image->shared;
+}
+
+int vhd_image_shared_fd(const vhd_image *image)
+{
+    return image->shared_fd;
 }
 
 /* -- durability ------------------------------------------------------------------------------- */
@@ -136,9 +197,26 @@ void vhd_image_fail(vhd_image *image, uint32_t error)
                                       __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
+/* What fdatasync(2) says of the witness, which is told of each write error for itself. */
+static uint32_t ask_witness(struct vhd_image *image)
+{
+    int rc;
+
+    if (image->witness_fd < 0)
+        return 0;
+    do {
+        rc = fdatasync(image->witness_fd);
+    } while (rc != 0 && errno == EINTR);
+    return rc == 0 ? 0 : (uint32_t)errno;
+}
+
 void vhd_image_clear(vhd_image *image)
 {
     pthread_mutex_lock(&image->syncing);
+    /* The witness has not been told yet of what is forgotten now, and must not tell it later. */
+    (void)ask_witness(image);
+    image->outcome_unknown = false;
+    __atomic_store_n(&image->shared->syncing, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&image->shared->failed_errno, 0, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&image->syncing);
 }
@@ -174,6 +252,14 @@ static void sync_file(struct vhd_image *image)
     } while (rc != 0 && errno == EINTR);
     if (rc != 0)
         vhd_image_fail(image, (uint32_t)errno);
+    if (image->outcome_unknown) {
+        uint32_t error = ask_witness(image);
+
+        if (error != 0)
+            vhd_image_fail(image, error);
+        image->outcome_unknown = false;
+    }
+    vhd_fence_before_death(); /* the failure before the end, for whoever takes over */
     __atomic_store_n(&shared->syncing, 0, __ATOMIC_RELEASE);
     count_sync(shared, now_ns() - start_ns);
 }

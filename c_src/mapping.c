@@ -51,18 +51,67 @@ static int map(struct vhd_mapping *mapping)
     /* Guest memory has no place in our core dumps, nor in a child. Advice only. */
     (void)madvise(mapping->host, mapping->size, MADV_DONTDUMP);
     (void)madvise(mapping->host, mapping->size, MADV_DONTFORK);
-    mapping->given_up = mmap(NULL, bitmap_size(mapping->size), PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping->given_up == MAP_FAILED) {
-        int error = -errno;
-
-        munmap(mapping->host, mapping->size);
-        return error;
-    }
     return 0;
 }
 
-vhd_mapping *vhd_mapping_create(int fd, int *error)
+static void count_word(struct vhd_mapping *mapping, uint64_t index)
+{
+    uint64_t word = atomic_load_explicit(&mapping->given_up[index], memory_order_relaxed);
+
+    mapping->given_up_pages += (uint64_t)__builtin_popcountll(word);
+}
+
+/* Count what a predecessor left, where the bitmap has any page at all. */
+static int count_given_up(struct vhd_mapping *mapping)
+{
+    off_t begin = 0, end;
+
+    for (;;) {
+        begin = lseek(mapping->given_up_fd, begin, SEEK_DATA);
+        if (begin < 0)
+            return errno == ENXIO ? 0 : -errno;
+        end = lseek(mapping->given_up_fd, begin, SEEK_HOLE);
+        if (end < 0)
+            return -errno;
+        /* Both are borders of pages or the file's end. */
+        for (; begin < end; begin += (off_t)sizeof(uint64_t))
+            count_word(mapping, (uint64_t)begin / sizeof(uint64_t));
+    }
+}
+
+static int open_given_up(struct vhd_mapping *mapping, int inherited)
+{
+    size_t size = bitmap_size(mapping->size);
+    void *at;
+    int rc = vhd_memfd_open("vhostd-given-up", inherited, size, &at);
+
+    if (rc < 0)
+        return rc;
+    mapping->given_up_fd = rc;
+    mapping->given_up = at;
+    rc = count_given_up(mapping);
+    if (rc != 0)
+        vhd_memfd_close(mapping->given_up_fd, at, size);
+    return rc;
+}
+
+static int open_all(struct vhd_mapping *mapping, int fd, int given_up_fd)
+{
+    int rc;
+
+    mapping->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (mapping->fd < 0)
+        return -errno;
+    rc = map(mapping);
+    if (rc != 0)
+        return rc;
+    rc = open_given_up(mapping, given_up_fd);
+    if (rc != 0)
+        munmap(mapping->host, mapping->size);
+    return rc;
+}
+
+vhd_mapping *vhd_mapping_create(int fd, int given_up_fd, int *error)
 {
     struct vhd_mapping *mapping = calloc(1, sizeof *mapping);
 
@@ -72,10 +121,8 @@ vhd_mapping *vhd_mapping_create(int fd, int *error)
     }
     mapping->fd = -1;
     *error = inspect(fd, mapping);
-    if (*error == 0) {
-        mapping->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-        *error = mapping->fd < 0 ? -errno : map(mapping);
-    }
+    if (*error == 0)
+        *error = open_all(mapping, fd, given_up_fd);
     if (*error != 0) {
         if (mapping->fd >= 0)
             close(mapping->fd);
@@ -90,7 +137,7 @@ void vhd_mapping_destroy(vhd_mapping *mapping)
     if (mapping == NULL)
         return;
     munmap(mapping->host, mapping->size);
-    munmap((void *)mapping->given_up, bitmap_size(mapping->size));
+    vhd_memfd_close(mapping->given_up_fd, (void *)mapping->given_up, bitmap_size(mapping->size));
     close(mapping->fd);
     free(mapping);
 }
@@ -113,6 +160,11 @@ int vhd_mapping_discardable(const vhd_mapping *mapping)
 uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping)
 {
     return atomic_load_explicit(&mapping->given_up_pages, memory_order_relaxed);
+}
+
+int vhd_mapping_given_up_fd(const vhd_mapping *mapping)
+{
+    return mapping->given_up_fd;
 }
 
 bool vhd_mapping_give_up(vhd_mapping *mapping, uint64_t page, bool given_up)
@@ -151,8 +203,7 @@ void vhd_mapping_forget_given_up(vhd_mapping *mapping)
 {
     if (vhd_mapping_given_up_pages(mapping) == 0)
         return;
-    /* Private anonymous memory reads as zero after this. */
-    int rc = madvise((void *)mapping->given_up, bitmap_size(mapping->size), MADV_DONTNEED);
+    int rc = vhd_memfd_clear(mapping->given_up_fd, bitmap_size(mapping->size));
     assert(rc == 0);
     (void)rc;
     atomic_store_explicit(&mapping->given_up_pages, 0, memory_order_relaxed);

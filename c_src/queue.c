@@ -7,6 +7,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "barrier.h"
 #include "vhd.h"
 
 static void count(uint64_t *counter, uint64_t by)
@@ -31,9 +32,9 @@ static void add_one(int fd)
     (void)rc; /* full since we looked: then whoever waits for it is awake */
 }
 
-void vhd_queue_call(struct vhd_queue *queue)
+void vhd_queue_call_unasked(struct vhd_queue *queue)
 {
-    if (!vhd_ring_should_call(&queue->ring) || queue->call_fd < 0)
+    if (queue->call_fd < 0)
         return;
     if (!has_room(queue->call_fd)) {
         count(&queue->shared->calls_dropped, 1);
@@ -43,15 +44,35 @@ void vhd_queue_call(struct vhd_queue *queue)
     add_one(queue->call_fd);
 }
 
+void vhd_queue_call(struct vhd_queue *queue)
+{
+    if (vhd_ring_should_call(&queue->ring))
+        vhd_queue_call_unasked(queue);
+}
+
+/* The driver knows of a given back chain before the position says so. A successor finds out at the
+ * ring itself whether that had happened, but of a packed ring not how long the chain was. */
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written)
 {
+    typedef uint32_t __attribute__((may_alias)) whole;
+    struct vhd_ring_push push = vhd_ring_announce(&queue->ring, slots);
+
+    _Static_assert(sizeof push == sizeof(whole), "no successor finds half of it");
+    __atomic_store_n((whole *)&queue->shared->push, *(const whole *)&push, __ATOMIC_RELAXED);
+    vhd_fence_before_death();
     vhd_ring_push(&queue->ring, id, slots, written);
+    vhd_fence_before_death();
     count(&queue->shared->used, 1);
 }
 
 void vhd_queue_publish_position(struct vhd_queue *queue)
 {
-    queue->shared->position = vhd_queue_position(queue);
+    typedef uint64_t __attribute__((may_alias)) whole;
+    struct vhd_ring_position position = vhd_queue_position(queue);
+
+    _Static_assert(sizeof position == sizeof(whole), "no successor finds half of it");
+    __atomic_store_n((whole *)&queue->shared->position, *(const whole *)&position,
+                     __ATOMIC_RELAXED);
 }
 
 struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue)
@@ -102,15 +123,20 @@ void vhd_queue_kicked(struct vhd_queue *queue)
     count(&queue->shared->kicks, 1);
 }
 
+void vhd_queue_signal_fault(struct vhd_device *device, struct vhd_queue *queue)
+{
+    if (queue->err_fd >= 0 && has_room(queue->err_fd))
+        add_one(queue->err_fd);
+    vhd_device_raise(device, VHD_EVENT_FAULT);
+}
+
 static void quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault)
 {
     queue->shared->fault = (uint8_t)fault;
     count(&queue->shared->faults, 1);
     queue->look = false;
     vhd_queue_listen(device, queue);
-    if (queue->err_fd >= 0 && has_room(queue->err_fd))
-        add_one(queue->err_fd);
-    vhd_device_raise(device, VHD_EVENT_FAULT);
+    vhd_queue_signal_fault(device, queue);
 }
 
 /* -- a turn ----------------------------------------------------------------------------------- */
@@ -195,6 +221,7 @@ static int serve_one(struct turn *turn)
     if (rc == VHD_CHAIN_REJECTED)
         count(&queue->shared->rejected, 1);
     vhd_queue_give_back(queue, turn->walk->id, turn->walk->slots, 0);
+    vhd_queue_publish_position(queue);
     vhd_queue_call(queue);
     return 1;
 }
@@ -245,7 +272,6 @@ static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, stru
         }
         quarantine(device, queue, turn.fault);
     }
-    vhd_queue_publish_position(queue);
     if (device->balloon.counters->discard_errors != errors)
         vhd_device_raise(device, VHD_EVENT_HOST_ERROR);
 }
@@ -304,7 +330,6 @@ void vhd_queue_deliver(struct vhd_device *device, struct vhd_queue *queue)
         delivery.fault = VHD_FAULT_SIGBUS;
     if (delivery.fault != VHD_FAULT_NONE)
         quarantine(device, queue, delivery.fault);
-    vhd_queue_publish_position(queue);
 }
 
 void vhd_device_serve_mail(struct vhd_device *device)

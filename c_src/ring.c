@@ -97,6 +97,35 @@ int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
     return vhd_sigbus_guard(load_used_idx, ring) ? 0 : -EFAULT;
 }
 
+struct catching_up {
+    struct vhd_ring *ring;
+    struct vhd_ring_push push;
+};
+
+static void catch_up(void *argument)
+{
+    const struct catching_up *catching_up = argument;
+
+    vhd_packed_catch_up(catching_up->ring, catching_up->push);
+}
+
+int vhd_ring_init_resumed(struct vhd_ring *ring, const struct vhd_table *table,
+                          const struct vhd_ring_setup *setup, struct vhd_ring_push push)
+{
+    struct catching_up catching_up = {ring, push};
+    uint16_t ahead = (uint16_t)(setup->position.next_avail - setup->position.next_used);
+    int rc = vhd_ring_init(ring, table, setup);
+
+    if (rc != 0)
+        return rc;
+    if (ring->features & VHD_RING_PACKED)
+        return vhd_sigbus_guard(catch_up, &catching_up) ? 0 : -EFAULT;
+    /* Chains are given back in ring order, so what is not in the used ring is owed. The two indexes
+     * rise together; they differ if the VMM's base was not where the used ring ended. */
+    ring->position.next_avail = (uint16_t)(ring->position.next_used + ahead);
+    return 0;
+}
+
 int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)
 {
     int rc;
@@ -109,6 +138,13 @@ int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)
         ring->in_flight_count++;
     }
     return rc;
+}
+
+struct vhd_ring_push vhd_ring_announce(const struct vhd_ring *ring, uint16_t slots)
+{
+    if (ring->features & VHD_RING_PACKED)
+        return vhd_packed_announce(ring, slots);
+    return (struct vhd_ring_push){0, 0}; /* used.idx says it all */
 }
 
 void vhd_ring_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written)
@@ -145,4 +181,14 @@ void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size)
 {
     if (ring->log != NULL && (ring->features & VHD_RING_LOG_USED))
         (void)vhd_log_mark(ring->log, ring->log_addr + offset, size);
+}
+
+void vhd_ring_log_all_used(struct vhd_ring *ring)
+{
+    struct part parts[3];
+
+    parts_of(ring, parts);
+    vhd_ring_log_used(ring, 0, parts[2].size);
+    if (ring->features & VHD_RING_PACKED && ring->log != NULL && ring->features & VHD_RING_LOG_USED)
+        (void)vhd_log_mark(ring->log, parts[0].addr, parts[0].size);
 }

@@ -93,16 +93,41 @@ static void log_descriptor(const struct vhd_ring *ring, uint16_t index)
 void vhd_packed_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written)
 {
     uint8_t *at = descriptor_at(ring, ring->position.next_used);
-    uint16_t flags = ring->position.used_wrap ? DESC_AVAIL | DESC_USED : 0;
+    uint64_t flags = ring->position.used_wrap ? DESC_AVAIL | DESC_USED : 0;
 
     if (written != 0)
         flags |= VHD_DESC_WRITE;
-    vhd_store32(at + 8, written);
-    vhd_store16(at + 12, id);
     vhd_fence_before_used();
-    vhd_store16(at + 14, flags);
+    /* len, id and flags in one store: they replace what the driver wrote, and who dies half-way
+     * must leave either a used descriptor or one that a successor can read again. */
+    vhd_store64(at + 8, written | (uint64_t)id << 32 | flags << 48);
     log_descriptor(ring, ring->position.next_used);
     advance(ring, &ring->position.next_used, &ring->position.used_wrap, slots);
+}
+
+struct vhd_ring_push vhd_packed_announce(const struct vhd_ring *ring, uint16_t slots)
+{
+    uint16_t wrap = ring->position.used_wrap ? 1u << 15 : 0;
+
+    return (struct vhd_ring_push){ring->position.next_used | wrap, slots};
+}
+
+void vhd_packed_catch_up(struct vhd_ring *ring, struct vhd_ring_push push)
+{
+    struct vhd_ring_position *position = &ring->position;
+    bool used = vhd_load16(descriptor_at(ring, position->next_used) + 14) & DESC_USED;
+
+    if (push.slots == 0 || push.slots > ring->size ||
+        push.at != vhd_packed_announce(ring, push.slots).at)
+        return; /* the position was stored after that push */
+    /* Its chain was taken, so its first descriptor was an available one, with the USED bit of the
+     * round before. Now AVAIL says nothing: the driver may have found the chain used already, and
+     * made the descriptor available again in the round after. Without a push of just this chain
+     * USED would say nothing either: what was inside a chain a round ago looks the same. */
+    if (used != (position->used_wrap != 0))
+        return;
+    advance(ring, &position->next_used, &position->used_wrap, push.slots);
+    advance(ring, &position->next_avail, &position->avail_wrap, push.slots);
 }
 
 bool vhd_packed_should_call(struct vhd_ring *ring)

@@ -37,25 +37,15 @@ enum { WINDOW_SIZE = sizeof(struct window), HEAD_SIZE = sizeof(struct header) + 
 static void hand_over(struct vhd_device *device)
 {
     vhd_worker_unwatch(device->worker, device->socket_fd);
+    vhd_reply_socket_left(device);
     device->socket_watched = false;
     vhd_device_raise(device, VHD_EVENT_SOCKET);
 }
 
-/* Send what is left of the reply; false when it must wait or the peer is gone. */
-static bool send_reply(struct vhd_device *device)
+static void listen_for(struct vhd_device *device, uint32_t events)
 {
-    while (device->reply_sent < device->reply_size) {
-        ssize_t sent = send(device->socket_fd, device->reply + device->reply_sent,
-                            device->reply_size - device->reply_sent, MSG_DONTWAIT | MSG_NOSIGNAL);
-
-        if (sent < 0 && errno == EINTR)
-            continue;
-        if (sent < 0)
-            return false;
-        device->reply_sent += (uint32_t)sent;
-    }
-    device->reply_size = device->reply_sent = 0;
-    return true;
+    vhd_worker_rewatch(device->worker, device->socket_fd, events, VHD_SOURCE_SOCKET, device->slot,
+                       0);
 }
 
 /* True when the message is one of ours, legal, and all there. Nothing is consumed. */
@@ -83,7 +73,8 @@ static void count(uint64_t *counter)
     __atomic_store_n(counter, *counter + 1, __ATOMIC_RELAXED);
 }
 
-static void answer_get(struct vhd_device *device, struct message *message)
+/* Both turn the message into its reply and return the reply's size. */
+static uint32_t answer_get(struct vhd_device *device, struct message *message)
 {
     uint32_t size = message->window.size;
 
@@ -91,12 +82,11 @@ static void answer_get(struct vhd_device *device, struct message *message)
     memcpy(message->bytes, device->shared->config + message->window.offset, size);
     pthread_mutex_unlock(&device->lock);
     message->header.flags = FLAG_VERSION | FLAG_REPLY;
-    memcpy(device->reply, message, HEAD_SIZE + size);
-    device->reply_size = (uint32_t)HEAD_SIZE + size;
     count(&device->shared->config_reads);
+    return (uint32_t)HEAD_SIZE + size;
 }
 
-static void apply_set(struct vhd_device *device, struct message *message)
+static uint32_t apply_set(struct vhd_device *device, struct message *message)
 {
     uint8_t *config = device->shared->config + message->window.offset;
     const uint8_t *writable = device->config_writable + message->window.offset;
@@ -109,14 +99,12 @@ static void apply_set(struct vhd_device *device, struct message *message)
         config[i] = (uint8_t)((config[i] & ~writable[i]) | (message->bytes[i] & writable[i]));
     pthread_mutex_unlock(&device->lock);
     count(&device->shared->config_writes);
-    if (asks && atomic_load(&device->socket_reply_ack)) {
-        struct header header = {SET_CONFIG, FLAG_VERSION | FLAG_REPLY, sizeof(uint64_t)};
-
-        memcpy(device->reply, &header, sizeof header);
-        memset(device->reply + sizeof header, 0, sizeof(uint64_t));
-        device->reply_size = sizeof header + sizeof(uint64_t);
-    }
     vhd_device_raise(device, VHD_EVENT_CONFIG);
+    if (!asks || !atomic_load(&device->socket_reply_ack))
+        return 0;
+    message->header = (struct header){SET_CONFIG, FLAG_VERSION | FLAG_REPLY, sizeof(uint64_t)};
+    memset(&message->window, 0, sizeof(uint64_t));
+    return sizeof message->header + sizeof(uint64_t);
 }
 
 /* Look at the next message without taking it. Without room for control data the kernel installs no
@@ -134,49 +122,57 @@ static ssize_t peek(int fd, struct message *message, bool *has_fds)
     return there;
 }
 
-void vhd_socket_serve(struct vhd_device *device, uint32_t events)
+/* Take and answer what was prepared; false when it must wait, or Python got the socket back. */
+static bool finish(struct vhd_device *device)
+{
+    int rc = vhd_reply_finish(device);
+
+    if (rc == -EAGAIN)
+        listen_for(device, EPOLLOUT);
+    else if (rc != 0)
+        hand_over(device);
+    return rc == 0;
+}
+
+static void serve_one(struct vhd_device *device)
 {
     struct message message;
-    ssize_t there, taken;
-    size_t size;
+    uint32_t size, reply_size;
+    ssize_t there;
     bool has_fds;
 
-    (void)events;
-    if (!device->socket_watched)
-        return; /* handed over by an earlier event of the same round */
-    if (device->reply_size != 0) {
-        if (!send_reply(device)) {
-            if (errno != EAGAIN)
-                hand_over(device);
-            return;
-        }
-        vhd_worker_rewatch(device->worker, device->socket_fd, EPOLLIN, VHD_SOURCE_SOCKET,
-                           device->slot, 0);
-    }
     there = peek(device->socket_fd, &message, &has_fds);
     if (there < 0 && errno == EAGAIN)
         return;
+    if (there > 0)
+        vhd_reply_peeked(device, (size_t)there);
     if (there <= 0 || has_fds || !atomic_load(&device->socket_hot) ||
         !is_ours(device, &message, there)) {
         hand_over(device);
         return;
     }
-    size = HEAD_SIZE + message.window.size;
-    do {
-        taken = recv(device->socket_fd, &message, size, MSG_DONTWAIT);
-    } while (taken < 0 && errno == EINTR);
-    assert(taken == (ssize_t)size); /* it was all there, and nobody else reads */
+    size = (uint32_t)HEAD_SIZE + message.window.size;
     if (message.header.request == GET_CONFIG)
-        answer_get(device, &message);
+        reply_size = answer_get(device, &message);
     else
-        apply_set(device, &message);
-    if (device->reply_size != 0 && !send_reply(device)) {
-        if (errno == EAGAIN)
-            vhd_worker_rewatch(device->worker, device->socket_fd, EPOLLOUT, VHD_SOURCE_SOCKET,
-                               device->slot, 0);
-        else
-            hand_over(device);
+        reply_size = apply_set(device, &message);
+    if (vhd_reply_prepare(device, size, (const uint8_t *)&message, reply_size) != 0)
+        hand_over(device); /* Python finds it in the socket, and what is wrong with that */
+    else
+        (void)finish(device);
+}
+
+void vhd_socket_serve(struct vhd_device *device, uint32_t events)
+{
+    (void)events;
+    if (!device->socket_watched)
+        return; /* handed over by an earlier event of the same round */
+    if (vhd_reply_pending(device)) {
+        if (!finish(device))
+            return;
+        listen_for(device, EPOLLIN);
     }
+    serve_one(device);
 }
 
 void vhd_socket_set(vhd_device *device, int fd)
@@ -185,21 +181,32 @@ void vhd_socket_set(vhd_device *device, int fd)
         vhd_worker_unwatch(device->worker, device->socket_fd);
         device->socket_watched = false;
     }
+    if (device->socket_fd >= 0)
+        vhd_reply_socket_left(device);
     device->socket_fd = fd;
-    device->reply_size = device->reply_sent = 0;
+    if (fd >= 0)
+        vhd_reply_socket_set(device);
 }
 
 int vhd_socket_arm(vhd_device *device)
 {
+    bool pending = vhd_reply_pending(device);
     int rc;
 
     assert(device->socket_fd >= 0 && !device->socket_watched && device->worker != NULL);
+    if (!pending) {
+        rc = vhd_reply_mark(device, 0); /* the worker peeks from the head on */
+        if (rc != 0)
+            return rc;
+    }
     device->socket_watched = true;
     /* The worker may answer from the next instruction on, so this is the last thing done here. */
-    rc = vhd_worker_watch(device->worker, device->socket_fd, EPOLLIN, VHD_SOURCE_SOCKET,
-                          device->slot, 0);
-    if (rc != 0)
+    rc = vhd_worker_watch(device->worker, device->socket_fd, pending ? EPOLLOUT : EPOLLIN,
+                          VHD_SOURCE_SOCKET, device->slot, 0);
+    if (rc != 0) {
         device->socket_watched = false;
+        vhd_reply_socket_left(device);
+    }
     return rc;
 }
 

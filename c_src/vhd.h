@@ -3,6 +3,8 @@
  * Rooms, in the order a kick passes through them:
  *   worker.c         the thread: epoll and parking. Knows no ring layout and no device.
  *   socket.c         GET_CONFIG and SET_CONFIG answered in place. Knows no other message.
+ *   shared.c         what a device leaves to the process after this one.
+ *   reply.c          a request taken and answered once, whoever is killed when.
  *   device.c         one connection's queues, config bytes and events: their life.
  *   queue.c          one turn of one ring, fairness, quarantine.   handed.c  chains through Python.
  *   ring.c           starting, stopping and the choice of layout; ring_split.c, ring_packed.c the
@@ -11,6 +13,7 @@
  *   balloon.c        inflate, deflate, report: page numbers -> runs -> discards.
  *   discard.c        the one place that punches holes.   window.c  ranges plugged and unplugged.
  *   flush.c          pmem requests: one sync answers many.   image.c  the file: syncs, page cache.
+ *   memfd.c          what outlives us, made or taken over.
  *   dirty_log.c      the migration log.   sigbus.c   survives a truncated memory file.
  *
  * Rules: guest memory is read once into a local with the loads of barrier.h, then checked, then
@@ -32,6 +35,15 @@
 
 #define VHD_GUEST_PAGE_SIZE 4096u /* unit of balloon page numbers and of the dirty log */
 
+/* -- memfd.c ---------------------------------------------------------------------------------- */
+
+/* A memfd of that size, sealed so that it stays so, and mapped: a new one, or a duplicate of an
+ * inherited one (not -1). The descriptor, or -errno; -EPROTO: the inherited is no such memfd. */
+int vhd_memfd_open(const char *name, int inherited, size_t size, void **at);
+void vhd_memfd_close(int fd, void *at, size_t size);
+/* All of it zero, and no page left. 0 or -errno. */
+int vhd_memfd_clear(int fd, size_t size);
+
 /* -- mapping.c, guest_mem.c ------------------------------------------------------------------- */
 
 struct vhd_mapping {
@@ -40,6 +52,7 @@ struct vhd_mapping {
     uint64_t size;      /* of the file when it was mapped */
     uint64_t page_size; /* host page of this file */
     bool discardable;
+    int given_up_fd;
     _Atomic uint64_t *given_up; /* bitmap, one bit per 4 KiB of the file; worker writes it */
     _Atomic uint64_t given_up_pages;
 };
@@ -147,17 +160,26 @@ void vhd_split_kicks_off(struct vhd_ring *ring);
 bool vhd_split_kicks_on(struct vhd_ring *ring);
 int vhd_packed_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges);
 void vhd_packed_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written);
+/* What a push is about to do; if that was done and position is still as before, step over it. */
+struct vhd_ring_push vhd_packed_announce(const struct vhd_ring *ring, uint16_t slots);
+void vhd_packed_catch_up(struct vhd_ring *ring, struct vhd_ring_push push);
 bool vhd_packed_should_call(struct vhd_ring *ring);
 void vhd_packed_kicks_off(struct vhd_ring *ring);
 bool vhd_packed_kicks_on(struct vhd_ring *ring);
 
 /* Mark bytes of the used part in the dirty log, when the VMM asked for it. */
 void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size);
+/* All of it, wherever the layout has it. */
+void vhd_ring_log_all_used(struct vhd_ring *ring);
 
 /* Check sizes, alignment, overlap; translate. -EINVAL, -EFAULT as vhd_ring_start(). Split rings
  * take position.next_used from used.idx in guest memory. */
 int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
                   const struct vhd_ring_setup *setup);
+/* The same for a ring that a predecessor served: setup's position is the last one it stored, push
+ * what it announced last. */
+int vhd_ring_init_resumed(struct vhd_ring *ring, const struct vhd_table *table,
+                          const struct vhd_ring_setup *setup, struct vhd_ring_push push);
 /* Translate the three parts again after the table changed. -EFAULT leaves the ring unchanged. */
 int vhd_ring_translate(struct vhd_ring *ring, const struct vhd_table *table);
 /* 1: walk holds the next chain; 0: nothing available; negative: -(enum vhd_fault), ring unchanged
@@ -165,6 +187,8 @@ int vhd_ring_translate(struct vhd_ring *ring, const struct vhd_table *table);
  * must lie in guest memory (VHD_FAULT_ADDRESS); false for queues whose descriptors ARE the payload
  * (reporting, hinting): those ranges are checked by the device. */
 int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges);
+/* What is stored for a successor before a push. */
+struct vhd_ring_push vhd_ring_announce(const struct vhd_ring *ring, uint16_t slots);
 /* Give a chain back with `written` bytes used. Marks the dirty log. */
 void vhd_ring_push(struct vhd_ring *ring, uint16_t id, uint16_t slots, uint32_t written);
 /* After pushes: must the driver be interrupted? Evaluates flags or the event index, once. */
@@ -250,6 +274,15 @@ struct vhd_queue {
     uint32_t oldest, taken, popped;
 };
 
+/* What reply.c knows beside the record in vhd_shared. */
+struct vhd_reply {
+    int fd;
+    uint8_t *bytes;    /* the file */
+    uint32_t position; /* of the file, as the kernel has it */
+    int peek_offset;   /* SO_PEEK_OFF of the socket, as the kernel has it */
+    bool inherited;    /* a record is the predecessor's, and no socket was set since */
+};
+
 struct vhd_device {
     struct vhd_worker *worker; /* NULL = detached */
     uint32_t slot;             /* in the worker */
@@ -269,8 +302,8 @@ struct vhd_device {
     int socket_fd;
     _Atomic bool socket_watched;
     _Atomic bool socket_hot, socket_reply_ack;
-    uint8_t reply[12 + 12 + VHD_CONFIG_SIZE_MAX];
-    uint32_t reply_size, reply_sent;
+    struct vhd_reply reply;
+    bool recount; /* inflated_pages may be off by what the predecessor was doing */
 };
 
 enum { VHD_SOURCE_COMMAND, VHD_SOURCE_SOCKET, VHD_SOURCE_KICK };
@@ -306,7 +339,12 @@ int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_unwatch(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_listen(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_kicked(struct vhd_queue *queue);
+/* Interrupt the driver if it wants to be; in any case. */
 void vhd_queue_call(struct vhd_queue *queue);
+void vhd_queue_call_unasked(struct vhd_queue *queue);
+/* Tell the VMM that the ring is broken. */
+void vhd_queue_signal_fault(struct vhd_device *device, struct vhd_queue *queue);
+/* The position is to be published once the chain is no longer counted as ours. */
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written);
 struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue);
 void vhd_queue_publish_position(struct vhd_queue *queue);
@@ -327,6 +365,27 @@ int vhd_flush_put(struct vhd_device *device, struct vhd_queue *queue, const stru
                   struct vhd_ring_position before);
 bool vhd_flush_due(const struct vhd_queue *queue);
 void vhd_flush(struct vhd_worker *worker, struct vhd_device *device, uint32_t index);
+
+/* shared.c: both memfds, -1 = a new one. 0 or -errno. */
+int vhd_shared_open(struct vhd_device *device, int shared_fd, int reply_fd, uint32_t queue_count,
+                    uint32_t config_size);
+void vhd_shared_close(struct vhd_device *device);
+/* Once after an adoption: the predecessor may have died between a bitmap's bit and the sum. */
+void vhd_shared_recount(struct vhd_device *device, const struct vhd_table *table);
+
+/* reply.c */
+enum { VHD_REPLY_FILE_SIZE = 16384 };
+int vhd_reply_open(struct vhd_device *device, int inherited); /* -1: a new one; -errno */
+void vhd_reply_close(struct vhd_device *device);
+/* Was a request handled whose answer is not out? */
+bool vhd_reply_pending(const struct vhd_device *device);
+/* Where the next MSG_PEEK begins, from the head of the socket; -1: at the head, always. -errno. */
+int vhd_reply_mark(struct vhd_device *device, int offset);
+/* MSG_PEEK went on by that much. */
+void vhd_reply_peeked(struct vhd_device *device, size_t size);
+/* The socket is another one; the worker is done with it, or it is to be given up. */
+void vhd_reply_socket_set(struct vhd_device *device);
+void vhd_reply_socket_left(struct vhd_device *device);
 
 /* socket.c, called by the worker when the socket has something. */
 void vhd_socket_serve(struct vhd_device *device, uint32_t events);

@@ -21,8 +21,9 @@ enum {
     VHD_CHAIN_SEGMENTS_MAX = 1024, /* longest chain taken; QEMU's VIRTQUEUE_MAX_SIZE */
     VHD_CONFIG_SIZE_MAX = 256,     /* VHOST_USER_MAX_CONFIG_SIZE */
     VHD_CONTROL_READABLE_MAX =
-        4096,                     /* bytes of a control chain handed up; the rest is only counted */
-    VHD_PFNS_PER_CHAIN_MAX = 1024 /* one 4 KiB table, the largest any known driver sends */
+        4096, /* bytes of a control chain handed up; the rest is only counted */
+    VHD_PFNS_PER_CHAIN_MAX = 1024, /* one 4 KiB table, the largest any known driver sends */
+    VHD_REPLY_SIZE_MAX = 8192      /* of vhd_reply_prepare() */
 };
 
 /* What was wrong with a ring or chain; a ring with a fault is quarantined until its next start. */
@@ -92,13 +93,21 @@ struct vhd_ring_position {
     uint16_t reserved;
 };
 
+/* The chain that is given back, or was last: told before the driver can see it (packed). */
+struct vhd_ring_push {
+    uint16_t at; /* next_used before, used wrap counter << 15 */
+    uint16_t slots;
+};
+
 /* One ring as all processes that may serve it see it. Written by the worker with relaxed stores. */
 struct vhd_ring_shared {
-    struct vhd_ring_position position; /* next_avail: oldest chain not yet completed */
+    /* next_avail: oldest chain not yet completed. Stored at once after each chain given back. */
+    struct vhd_ring_position position;
     uint8_t started;
     uint8_t enabled;
     uint8_t fault; /* enum vhd_fault; not 0 = quarantined */
-    uint8_t reserved[5];
+    struct vhd_ring_push push;
+    uint64_t start_number;  /* of the start that the above is of; UINT64_MAX: never started */
     uint64_t kicks;         /* seen; several before we look are one */
     uint64_t chains;        /* taken from the ring */
     uint64_t used;          /* given back */
@@ -131,11 +140,20 @@ struct vhd_pmem_counters {
     uint64_t batches;      /* syncs made for them: one serves all requests taken before it began */
 };
 
+/* A request that was handled and must now be taken from the socket and answered, once. */
+struct vhd_reply_shared {
+    uint32_t valid;
+    uint32_t consume_size; /* of the request */
+    uint32_t begin;        /* of the reply in its memfd */
+    uint32_t end;
+};
+
 struct vhd_shared {
     uint32_t magic;
     uint32_t version;
     uint32_t queue_count;
     uint32_t config_size;
+    struct vhd_reply_shared reply;
     uint8_t config[256];
     uint64_t config_reads; /* answered by the worker */
     uint64_t config_writes;
@@ -151,14 +169,17 @@ typedef struct vhd_mapping
 
 /* Map all of fd's file. The fd is duplicated. *error gets -errno when NULL is returned:
  * -EINVAL not a regular file (memfd, hugetlb memfd, tmpfs or other file), -ENODATA empty file,
- * -EACCES not writable. May block on a hanging file system: call it from a worker thread. [any] */
-vhd_mapping *vhd_mapping_create(int fd, int *error);
+ * -EACCES not writable. given_up_fd: a predecessor's memfd of the same file's pages in the balloon,
+ * duplicated, -EPROTO when it is none or of another size; -1 = a new one, nothing in the balloon.
+ * May block on a hanging file system: call it from a worker thread. [any] */
+vhd_mapping *vhd_mapping_create(int fd, int given_up_fd, int *error);
 void vhd_mapping_destroy(vhd_mapping *mapping); /* no device may use it any more [any] */
 uint64_t vhd_mapping_size(const vhd_mapping *mapping);
 uint64_t vhd_mapping_page_size(const vhd_mapping *mapping); /* 4096, or the hugetlb page */
 int vhd_mapping_discardable(const vhd_mapping *mapping);    /* 1 on shmem and hugetlbfs only */
 /* Count of 4 KiB pages the guest gave up to the balloon in this file, by bitmap. [any] */
 uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping);
+int vhd_mapping_given_up_fd(const vhd_mapping *mapping); /* memfd behind it, borrowed */
 
 /* Ranges of the file in whole pages of it, else -EINVAL; for memory that comes and goes by the
  * block. All may take long and are for a helper thread. [any] */
@@ -210,6 +231,12 @@ uint64_t vhd_worker_rounds(const vhd_worker *worker);
  * for each bit the guest may write. [setup] */
 vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
                               const uint8_t *config_writable, int *error);
+/* The same over the two memfds of a dead predecessor, duplicated: counters, config bytes and a
+ * reply that is owed go on where they were; no ring is started. Raises VHD_EVENT_CONFIG: nobody may
+ * have seen what the guest wrote last. Config bytes Python is the author of it publishes again.
+ * -EPROTO: of another version, for another kind of device, or not these memfds. [setup] */
+vhd_device *vhd_device_adopt(int shared_fd, int reply_fd, uint32_t queue_count,
+                             uint32_t config_size, const uint8_t *config_writable, int *error);
 void vhd_device_destroy(vhd_device *device);                   /* [setup] */
 int vhd_device_attach(vhd_device *device, vhd_worker *worker); /* [parked] */
 void vhd_device_detach(vhd_device *device);                    /* [parked] stops all rings */
@@ -217,14 +244,33 @@ void vhd_device_detach(vhd_device *device);                    /* [parked] stops
 uint32_t vhd_device_take_events(vhd_device *device);
 const struct vhd_shared *vhd_device_shared(const vhd_device *device);
 int vhd_device_shared_fd(const vhd_device *device); /* memfd behind it, borrowed */
+/* The memfd replies are sent from, borrowed; a successor needs its file position too, so it must be
+ * this open file (dup(2), SCM_RIGHTS), not the same file opened anew. */
+int vhd_device_reply_fd(const vhd_device *device);
 
 /* The socket: Python owns it at first. arm() hands it to the worker, which answers GET_CONFIG and
  * SET_CONFIG (flags 0) alone once hot is set, and hands it back with VHD_EVENT_SOCKET, nothing
  * consumed, on any other message, an incomplete one, fds attached, or end of file. */
-void vhd_socket_set(vhd_device *device, int fd); /* [parked] borrowed; -1 = none */
-int vhd_socket_arm(vhd_device *device);          /* [any] Python owns it */
+/* Borrowed, made non-blocking; -1 = none. On an adopted device the first one must be the one the
+ * predecessor had. [parked] */
+void vhd_socket_set(vhd_device *device, int fd);
+int vhd_socket_arm(vhd_device *device); /* [any] Python owns it */
 /* hot: PROTOCOL_F_CONFIG acknowledged. reply_ack: PROTOCOL_F_REPLY_ACK acknowledged. [any] */
 void vhd_socket_configure(vhd_device *device, int hot, int reply_ack);
+
+/* A request is answered once, whoever is killed when: handle the request at the head of the socket
+ * without taking it (MSG_PEEK), prepare, finish. Who dies before prepare returns leaves it to be
+ * handled again, which handling must bear; who dies later leaves the rest of finish, which a
+ * successor calls after vhd_socket_set() and before it looks at the socket. Nothing is read or
+ * peeked between the two. Only for the side that owns the socket.
+ * consume_size: of the request, all there; descriptors with it are closed. size: of the reply, at
+ * most VHD_REPLY_SIZE_MAX, may be 0; descriptors can't be sent along. -EBUSY: finish the last one
+ * first; -EINVAL; -ENOTCONN no socket. [any] */
+int vhd_reply_prepare(vhd_device *device, uint32_t consume_size, const uint8_t *bytes,
+                      uint32_t size);
+/* 0: done, or nothing was prepared; -EAGAIN: the socket is full, call again when it is writable;
+ * -EPROTO: less than consume_size was there; else of sendfile(2), which may raise SIGPIPE. [any] */
+int vhd_reply_finish(vhd_device *device);
 
 void vhd_config_publish(vhd_device *device, uint32_t offset, const uint8_t *bytes,
                         uint32_t size);                                  /* [any] */
@@ -247,12 +293,19 @@ struct vhd_ring_setup {
     int kick_fd; /* borrowed until vhd_ring_stop; -1 = none */
     int call_fd;
     int err_fd;
+    /* The caller's, another for each start of the ring; what vhd_ring_resume() goes by. */
+    uint64_t start_number;
 };
 
 /* -EINVAL: size not legal; -EFAULT: a part is unaligned, outside one region, or overlaps another
  * part; else what mmap(2) and epoll_ctl(2) say. The device must be attached. The ring is looked at
  * once as soon as it is enabled. [parked] */
 int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup);
+/* As vhd_ring_start(), on an adopted device. If the predecessor started the ring with the same
+ * start_number (and even if it stopped it since), where it stands is found out, chains not given
+ * back come again, and a quarantine stays; otherwise it starts at setup's position. Either way the
+ * driver is interrupted once: the predecessor may have died before it did. [parked] */
+int vhd_ring_resume(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup);
 /* Nothing for a ring that is not started. [parked] */
 void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled);
 void vhd_ring_set_handler(vhd_device *device, uint32_t index, uint32_t handler); /* [parked] */
@@ -310,11 +363,20 @@ struct vhd_image_cache {
     uint64_t writeback;
 };
 
-/* For a regular file or block device; the fd is duplicated. NULL: *error is -errno. [any] */
-vhd_image *vhd_image_create(int fd, int *error);
+/* For a regular file or block device. Descriptors are duplicated. NULL: *error is -errno. [any]
+ * shared_fd: a predecessor's memfd, -EPROTO when it is none; -1 = a new one. If it died in a sync,
+ * nobody saw what came of it, and the kernel tells of a write error once for each open file: the
+ * next sync then asks witness_fd too, the same file (else -EINVAL) opened a second time, not
+ * duplicated, before the predecessor's first sync. Without one (-1) such an error is lost. fd must
+ * be the open file that the predecessor had. */
+vhd_image *vhd_image_create(int fd, int witness_fd, int shared_fd, int *error);
 /* The last user closes it: a worker may be in a sync that ends much later. [any] */
 void vhd_image_release(vhd_image *image);
+/* Wait until no device and no worker uses it any more, for its one other user; blocks as long as a
+ * sync. [any] */
+void vhd_image_wait_alone(vhd_image *image);
 const struct vhd_image_shared *vhd_image_shared(const vhd_image *image);
+int vhd_image_shared_fd(const vhd_image *image); /* memfd behind it, borrowed */
 /* Make all that was written durable; blocks. One sync at a time: the kernel reports a write error
  * once for each open file, and whoever waits must learn of it. Once one failed all fail with the
  * same -errno. [any] */

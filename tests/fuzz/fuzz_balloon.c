@@ -52,7 +52,7 @@ static vhd_mapping *create(const char *name, off_t size)
     int fd = memfd_create(name, MFD_CLOEXEC);
 
     REQUIRE(fd >= 0 && ftruncate(fd, size) == 0);
-    vhd_mapping *mapping = vhd_mapping_create(fd, &error);
+    vhd_mapping *mapping = vhd_mapping_create(fd, -1, &error);
     REQUIRE(mapping != NULL);
     if (dirty_log == NULL)
         dirty_log = vhd_log_create(fd, 64, 0, &error);

@@ -60,7 +60,7 @@ static void begin(void)
         int fd = memory_file("ram", FILE_SIZE);
         int log_fd = memory_file("log", PAGE);
 
-        mapping = vhd_mapping_create(fd, &error);
+        mapping = vhd_mapping_create(fd, -1, &error);
         dirty_log = vhd_log_create(log_fd, PAGE, 0, &error);
         REQUIRE(mapping != NULL && dirty_log != NULL);
         close(fd);

@@ -5,9 +5,10 @@ Methods marked "parked" may be called only while the device's worker is parked (
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 from vhostd._native._core import ffi, lib
 from vhostd._native.failure import check
@@ -41,12 +42,45 @@ class Device:
     """
 
     def __init__(self, queue_count: int, config_size: int, config_writable: bytes) -> None:
-        if len(config_writable) != config_size:
-            raise ValueError("config_writable must have a byte for each of the config space")
+        _check_mask(config_size, config_writable)
         error = ffi.new("int *")
-        self._handle: Any = lib.vhd_device_create(queue_count, config_size, config_writable, error)
-        if not self._handle:
+        handle = lib.vhd_device_create(queue_count, config_size, config_writable, error)
+        if not handle:
             check(error[0], "device")
+        self._own(handle, config_size)
+
+    @classmethod
+    def adopt(
+        cls, fd: int, reply_fd: int, queue_count: int, config_size: int, config_writable: bytes
+    ) -> Self:
+        """Take over from a dead predecessor; its rings are not started, Event.CONFIG is raised.
+
+        Config bytes that are ours, not the guest's, must be published anew: that may have been cut.
+
+        Args:
+            fd: what was its shared_fd; duplicated.
+            reply_fd: what was its reply_fd, the same open file; duplicated.
+            queue_count: as it had, like all that follow.
+            config_size: bytes.
+            config_writable: as for a new one.
+
+        Raises:
+            OSError: EPROTO another version made them, or for another kind of device, or they are
+                not these memfds; or no memory or descriptor for it.
+        """
+        _check_mask(config_size, config_writable)
+        error = ffi.new("int *")
+        handle = lib.vhd_device_adopt(
+            fd, reply_fd, queue_count, config_size, config_writable, error
+        )
+        if not handle:
+            check(error[0], "device of a predecessor")
+        device = cls.__new__(cls)
+        device._own(handle, config_size)
+        return device
+
+    def _own(self, handle: Any, config_size: int) -> None:  # noqa: ANN401  # see _position()
+        self._handle = handle
         self._shared: Any = lib.vhd_device_shared(self._handle)
         self._config_size = config_size
         self._regions: list[Region] = []
@@ -80,10 +114,19 @@ class Device:
         fd: int = lib.vhd_device_shared_fd(self._handle)
         return fd
 
+    @property
+    def reply_fd(self) -> int:
+        """The memfd replies are sent from, whose file position matters; stays ours."""
+        fd: int = lib.vhd_device_reply_fd(self._handle)
+        return fd
+
     # -- socket and config space ---------------------------------------------------------------
 
     def set_socket(self, fd: int) -> None:
-        """The connection, which Python owns at first; it stays the caller's. Parked."""
+        """The connection, which Python owns at first; it stays the caller's. Parked.
+
+        It becomes non-blocking. An adopted device must get the one its predecessor had.
+        """
         lib.vhd_socket_set(self._handle, fd)
 
     def arm_socket(self) -> None:
@@ -93,6 +136,40 @@ class Device:
     def configure_socket(self, hot: bool, reply_ack: bool) -> None:
         """hot: the worker answers config requests. reply_ack: it acknowledges them when asked."""
         lib.vhd_socket_configure(self._handle, hot, reply_ack)
+
+    # A request is answered once even if we are killed: look at it with MSG_PEEK, handle it,
+    # prepare, finish. A death before prepare_reply() leaves it to be handled again, one after it
+    # to be finished.
+
+    def prepare_reply(self, consume_size: int, data: bytes = b"") -> None:
+        """Say that the request at the head of the socket was handled. Nothing is sent yet.
+
+        Args:
+            consume_size: bytes of the request, all of which are there; descriptors that came with
+                them are closed.
+            data: its reply, at most 8192 bytes, may be none; descriptors can't go with it.
+
+        Raises:
+            OSError: EBUSY the last one is not finished, EINVAL too large, ENOTCONN no socket.
+        """
+        check(lib.vhd_reply_prepare(self._handle, consume_size, data, len(data)), "prepare reply")
+
+    def finish_reply(self) -> bool:
+        """Take the request from the socket and send the reply, as far as that was not done.
+
+        A successor calls it before it looks at the socket. Nothing prepared: nothing to do.
+
+        Returns:
+            False: the socket is full; call again when it is writable, and do nothing else with it.
+
+        Raises:
+            OSError: EPIPE or ECONNRESET the VMM is gone, EPROTO the request was not all there.
+        """
+        result = lib.vhd_reply_finish(self._handle)
+        if result == -errno.EAGAIN:
+            return False
+        check(result, "send reply")
+        return True
 
     def publish_config(self, offset: int, data: bytes) -> None:
         """Change bytes of the config space."""
@@ -135,29 +212,23 @@ class Device:
             OSError: EINVAL its size is not legal; EFAULT a part is misaligned, overlaps another
                 or does not lie in one region; ENOMEM.
         """
-        position = setup.position
-        raw = ffi.new(
-            "struct vhd_ring_setup *",
-            {
-                "size": setup.size,
-                "features": int(setup.features),
-                "desc_addr": setup.desc_addr,
-                "avail_addr": setup.avail_addr,
-                "used_addr": setup.used_addr,
-                "log_addr": setup.log_addr,
-                "position": {
-                    "next_avail": position.next_avail,
-                    "next_used": position.next_used,
-                    "avail_wrap": position.avail_wrap,
-                    "used_wrap": position.used_wrap,
-                },
-                "handler": setup.handler.value,
-                "kick_fd": setup.kick_fd,
-                "call_fd": setup.call_fd,
-                "err_fd": setup.err_fd,
-            },
-        )
-        check(lib.vhd_ring_start(self._handle, index, raw), f"ring {index}")
+        check(lib.vhd_ring_start(self._handle, index, _raw_setup(setup)), f"ring {index}")
+
+    def resume_ring(self, index: int, setup: RingSetup) -> RingPosition:
+        """Start a ring of an adopted device, disabled, where the predecessor left it. Parked.
+
+        Where that is it finds out itself if setup.start_number is that of the predecessor's last
+        start, even if it was stopped since; otherwise it starts at setup.position. The driver is
+        interrupted once. A ring in quarantine stays there.
+
+        Returns:
+            Where it stands: chains from there on come, some perhaps again.
+
+        Raises:
+            OSError: as start_ring().
+        """
+        check(lib.vhd_ring_resume(self._handle, index, _raw_setup(setup)), f"ring {index}")
+        return _position(self._shared.rings[index].position)
 
     def enable_ring(self, index: int, enabled: bool) -> None:
         """Serve a started ring, or not; it is looked at once without a kick. Parked."""
@@ -250,6 +321,37 @@ class Device:
             faults=raw.faults,
             rejected=raw.rejected,
         )
+
+
+def _check_mask(config_size: int, config_writable: bytes) -> None:
+    if len(config_writable) != config_size:
+        raise ValueError("config_writable must have a byte for each of the config space")
+
+
+def _raw_setup(setup: RingSetup) -> Any:  # noqa: ANN401  # see _position()
+    position = setup.position
+    return ffi.new(
+        "struct vhd_ring_setup *",
+        {
+            "size": setup.size,
+            "features": int(setup.features),
+            "desc_addr": setup.desc_addr,
+            "avail_addr": setup.avail_addr,
+            "used_addr": setup.used_addr,
+            "log_addr": setup.log_addr,
+            "position": {
+                "next_avail": position.next_avail,
+                "next_used": position.next_used,
+                "avail_wrap": position.avail_wrap,
+                "used_wrap": position.used_wrap,
+            },
+            "handler": setup.handler.value,
+            "kick_fd": setup.kick_fd,
+            "call_fd": setup.call_fd,
+            "err_fd": setup.err_fd,
+            "start_number": setup.start_number,
+        },
+    )
 
 
 def _position(raw: Any) -> RingPosition:  # noqa: ANN401  # a cffi struct has no better type

@@ -14,15 +14,23 @@ _NO_CACHESTAT: Final = (-errno.ENOSYS, -errno.EOPNOTSUPP, -errno.EPERM)
 
 
 class Image:
-    """An open regular file or block device; the descriptor is duplicated.
+    """An open regular file or block device; descriptors are duplicated.
+
+    Args:
+        fd: it; the same open file for a successor too.
+        witness_fd: the same file, opened a second time (not duplicated) before the first sync, and
+            used for nothing else: a write error that a predecessor was told of as it died is told
+            to this one again. -1: such an error is lost.
+        shared_fd: what a predecessor's shared_fd was; -1: a new one.
 
     Raises:
-        OSError: EINVAL it is neither, or no memory or descriptor for it.
+        OSError: EINVAL it is neither, or witness_fd is another file; EPROTO shared_fd is not such
+            a memfd; or no memory or descriptor for it.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, witness_fd: int = -1, shared_fd: int = -1) -> None:
         error = ffi.new("int *")
-        self.handle: Any = lib.vhd_image_create(fd, error)
+        self.handle: Any = lib.vhd_image_create(fd, witness_fd, shared_fd, error)
         if not self.handle:
             check(error[0], "image")
 
@@ -30,6 +38,12 @@ class Image:
         """Let go of it; a sync that is under way keeps it open until it ends. Twice is fine."""
         handle, self.handle = self.handle, ffi.NULL
         lib.vhd_image_release(handle)
+
+    @property
+    def shared_fd(self) -> int:
+        """The memfd behind its statistics and its failure; stays ours."""
+        fd: int = lib.vhd_image_shared_fd(self.handle)
+        return fd
 
     def statistics(self) -> ImageStatistics:
         """What its syncs came to."""
@@ -55,6 +69,10 @@ class Image:
     def clear(self) -> None:
         """Forget that a sync failed, once the one under way is over."""
         lib.vhd_image_clear(self.handle)
+
+    def wait_alone(self) -> None:
+        """Wait until no device has it and no worker syncs it any more."""
+        lib.vhd_image_wait_alone(self.handle)
 
     def write_back(self) -> None:
         """Begin to write dirty pages, without waiting for them.

@@ -12,14 +12,20 @@ from vhostd._native.failure import check
 class Mapping:
     """A guest memory file, mapped whole and shared.
 
+    Args:
+        fd: the file; duplicated.
+        given_up_fd: what a predecessor's given_up_fd was, so that pages in the balloon are not
+            forgotten; duplicated. -1: nothing is in the balloon.
+
     Raises:
         OSError: EINVAL no regular file, ENODATA an empty one, EACCES not open for reading and
-            writing, or what fstat(2) and mmap(2) say. Blocks as long as the file system likes.
+            writing, EPROTO given_up_fd is none or of a file of another size, or what fstat(2) and
+            mmap(2) say. Blocks as long as the file system likes.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, given_up_fd: int = -1) -> None:
         error = ffi.new("int *")
-        self.handle: Any = lib.vhd_mapping_create(fd, error)
+        self.handle: Any = lib.vhd_mapping_create(fd, given_up_fd, error)
         if not self.handle:
             check(error[0], "guest memory")
         self.size: int = lib.vhd_mapping_size(self.handle)
@@ -31,6 +37,12 @@ class Mapping:
         """4 KiB pages of the file that are in the balloon."""
         pages: int = lib.vhd_mapping_given_up_pages(self.handle)
         return pages
+
+    @property
+    def given_up_fd(self) -> int:
+        """The memfd behind that, one bit for 4 KiB; stays ours."""
+        fd: int = lib.vhd_mapping_given_up_fd(self.handle)
+        return fd
 
     # Ranges below: bytes, in whole pages of the file. These calls may take long, without the GIL.
 

@@ -80,7 +80,11 @@ class RingPosition:
 
 @dataclass(frozen=True, slots=True)
 class RingSetup:
-    """struct vhd_ring_setup: guest addresses; file descriptors stay the caller's, -1 = none."""
+    """struct vhd_ring_setup: guest addresses; file descriptors stay the caller's, -1 = none.
+
+    Attributes:
+        start_number: the caller's own, another for each start of the ring; see resume_ring().
+    """
 
     size: int
     features: RingFeature
@@ -93,6 +97,7 @@ class RingSetup:
     kick_fd: int
     call_fd: int
     err_fd: int
+    start_number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

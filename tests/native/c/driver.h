@@ -71,7 +71,7 @@ static inline void driver_open(struct driver *driver)
 
     memset(driver, 0, sizeof *driver);
     CHECK(fd >= 0 && ftruncate(fd, FILE_SIZE) == 0);
-    driver->mapping = vhd_mapping_create(fd, &error);
+    driver->mapping = vhd_mapping_create(fd, -1, &error);
     CHECK(driver->mapping != NULL);
     close(fd);
     /* Out of order on purpose: the table sorts them. */
