@@ -1,4 +1,4 @@
-"""One device without a configuration file, for vhostd-balloon and vhostd-mem.
+"""One device without a configuration file, for vhostd-balloon, vhostd-mem and vhostd-pmem.
 
 Knows where the VMM comes from, and what both programs have in common.
 """
@@ -101,6 +101,8 @@ def serve(
     from vhostd.transport.listener import Listener, from_passed_fd
 
     log.configure()
+    # First: whoever sees the socket may connect, and nothing but a VMM's end closes it again.
+    config = make_config((socket_path or NO_PATH).absolute())
     source: Listener | Connection
     if socket_path is not None:
         source = Listener.bind(socket_path.absolute())
@@ -108,7 +110,6 @@ def serve(
         assert fd is not None, "checked with the other options"
         source = from_passed_fd(fd)
     try:
-        config = make_config((socket_path or NO_PATH).absolute())
         daemon.run_to_end([(config, [source])], runtime_dir)
     finally:
         source.close()

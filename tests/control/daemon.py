@@ -33,8 +33,10 @@ from vhostd.devices.base import (
 from vhostd.devices.mem import Mem
 from vhostd.devices.mem_window import MemOptions
 from vhostd.devices.memory_plan import MemRoom, plan_memory
-from vhostd.devices.registry import BALLOON, MEM
+from vhostd.devices.registry import BALLOON, MEM, PMEM
 from vhostd.units import GiB, MiB
+
+from tests.control.disk import Disk
 
 COUNTERS = (
     "inflated_pages inflate_pfns deflate_pfns reported_size discarded_size discards discard_errors"
@@ -51,12 +53,14 @@ class BalloonVm:
         self.name = name
         self.balloon = Balloon()
         self.mem = Mem(MemOptions("mem0", 9 * GiB, 4 * GiB))
+        self.window: MemoryWindow | None = None  # of its disk
         self.goal: int | None = None
         self.answers_statistics = True
         self.state = "running" if running else "waiting"
         self._events = events
         self._statistics_sent = 0
         self._requests = 0
+        self.disk = Disk("disk0", self._perform, running=running)
         self.balloon.on_features(ALL_FEATURES)
         if running:
             self.balloon.set_guest_memory(GiB)
@@ -88,6 +92,16 @@ class BalloonVm:
                 MEM.queue_size,
                 MemoryWindow(9 * GiB, 4 * GiB, 0),
             ),
+            DeviceSocket(
+                PMEM.name,
+                "disk0",
+                Path(f"/run/vhostd/{self.name}-disk0.sock"),
+                PMEM.virtio_id,
+                PMEM.queue_count,
+                PMEM.config_size,
+                PMEM.queue_size,
+                self.window,
+            ),
         ]
 
     def status(self) -> JsonObject:
@@ -98,7 +112,7 @@ class BalloonVm:
             "state": self.state,
             "balloon": self.balloon.status(counters, 0) | {"queues": {"inflate": queue}},
             "mem": [self.mem.status({}, 0) | {"state": self.state, "queues": {}}],
-            "pmem": [],
+            "pmem": [self.disk.status(self.state)],
             "connections": 1,
             "faults": {3: "loop"} if self.state == "quarantined" else {},
             "messages_refused": 0,
@@ -113,13 +127,22 @@ class BalloonVm:
         }
 
     async def flush_pmem(self, device: str | None) -> str:
-        raise Refused(f"which disk? VM {self.name!r} has none")
+        self._check_disk(device)
+        self.disk.flush()
+        return "disk0"
 
     async def drop_pmem_cache(self, device: str | None) -> JsonObject:
-        raise Refused(f"which disk? VM {self.name!r} has none")
+        self._check_disk(device)
+        return self.disk.drop_cache()
 
     async def clear_pmem(self, device: str | None) -> str:
-        raise Refused(f"which disk? VM {self.name!r} has none")
+        self._check_disk(device)
+        self.disk.clear()
+        return "disk0"
+
+    def _check_disk(self, device: str | None) -> None:
+        if device not in (None, "disk0"):
+            raise Refused(f"VM {self.name!r} has no disk {device!r}; it has disk0")
 
     async def set_balloon_target(self, size: int) -> None:
         self._perform(self.balloon.set_target(size))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from threading import Thread
 
 import httpx
+import msgspec
 import pytest
 from vhostd.control import bodies
 from vhostd.control.bodies import BODY_SIZE_MAX
@@ -256,11 +257,27 @@ def test_the_api_describes_every_verb_it_has(http: httpx.Client) -> None:
     assert references == set(described["components"]["schemas"])
 
 
+def test_every_answer_of_a_read_is_as_the_api_describes_it(http: httpx.Client) -> None:
+    for verb in VERBS:
+        if verb.changes or verb.answer is None:
+            continue
+        answer = http.request(verb.method, verb.path.replace("{vm}", "web"))
+        assert answer.status_code == 200
+        msgspec.convert(answer.json(), verb.answer)
+
+
 def test_the_description_holds_every_key_of_a_real_status(http: httpx.Client) -> None:
     schemas = http.get("/openapi.json").json()["components"]["schemas"]
     status = http.get("/v1/vms/web").json()
     assert set(schemas["VmStatus"]["properties"]) == set(status)
     assert set(schemas["BalloonStatus"]["properties"]) == set(status["balloon"])
+    assert set(schemas["MemStatus"]["properties"]) == set(status["mem"][0])
+    assert set(schemas["PmemStatus"]["properties"]) == set(status["pmem"][0])
+    dropped = http.post("/v1/vms/web/pmem/drop-cache").json()
+    assert set(schemas["CacheDropped"]["properties"]) == set(dropped)
+    mem = http.get("/v1/vms/web/devices").json()[1]
+    assert set(schemas["DeviceDescription"]["properties"]) == set(mem)
+    assert set(schemas["WindowDescription"]["properties"]) == set(mem["window"])
     queue = status["balloon"]["queues"]["inflate"]
     assert set(schemas["QueueCounters"]["properties"]) == set(queue)
     assert set(schemas["HintStatus"]["properties"]) == set(status["balloon"]["hint"])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,35 +15,12 @@ import pytest
 from vhostd.units import GiB, MiB
 
 from tests.control.daemon import RunningDaemon
-
-Finished = subprocess.CompletedProcess[str]
-Vhostctl = Callable[..., Finished]
-PROGRAM = (sys.executable, "-c", "from vhostd.control.cli import main; main()")
-
-
-def run(*arguments: str, **environment: str) -> Finished:
-    inherited = {key: value for key, value in os.environ.items() if key != "VHOSTD_SOCKET"}
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+from tests.control.program import PROGRAM, Vhostctl, failed_with, run
 
 
 @pytest.fixture
 def vhostctl(served: RunningDaemon) -> Vhostctl:
     return lambda *arguments: run("--socket", str(served.addresses.control), *arguments)
-
-
-def failed_with(finished: Finished, code: int, reason: str) -> bool:
-    """One line on stderr that holds the reason, nothing on stdout."""
-    assert finished.returncode == code, finished.stderr
-    assert reason in finished.stderr
-    assert finished.stdout == ""
-    return finished.stderr.startswith("vhostctl: ") and finished.stderr.count("\n") == 1
 
 
 def test_json_status_of_one_vm_is_one_object_and_of_all_an_array(vhostctl: Vhostctl) -> None:
@@ -188,6 +163,9 @@ def test_the_options_for_qemu_are_exactly_these(vhostctl: Vhostctl) -> None:
         *("-chardev", "socket,id=mem0,path=/run/vhostd/web-mem0.sock"),
         "-device",
         "vhost-user-test-device-pci,chardev=mem0,virtio-id=24,num_vqs=1,config_size=56,vq_size=128",
+        *("-chardev", "socket,id=disk0,path=/run/vhostd/web-disk0.sock"),
+        "-device",
+        "vhost-user-test-device-pci,chardev=disk0,virtio-id=27,num_vqs=1,config_size=16,vq_size=64",
     ]
     assert json.loads(vhostctl("--json", "qemu-args", "web").stdout)[3].startswith("1G,")
 
@@ -233,7 +211,7 @@ def test_the_xml_for_libvirt_shares_memory_and_passes_the_same_options(
     assert (most.attrib["slots"], most.text) == ("1", str((1 + 9) * 1024 * 1024))
     name = "{http://libvirt.org/schemas/domain/qemu/1.0}arg"
     values = [element.attrib["value"] for element in domain.iter(name)]
-    assert values == shlex.split(vhostctl("qemu-args", "web").stdout)[-12:]
+    assert values == shlex.split(vhostctl("qemu-args", "web").stdout)[-16:]
 
 
 def test_events_are_lines_and_with_json_objects(vhostctl: Vhostctl) -> None:

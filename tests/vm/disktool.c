@@ -138,8 +138,8 @@ static int fsyncs(const char *path, long count, long writers, long size)
         }
     count *= writers;
     qsort(took_us, (size_t)count, sizeof *took_us, compare);
-    printf("fsyncs %ld seconds %.6f p50_us %.1f p99_us %.1f\n", count, seconds,
-           took_us[count / 2], took_us[count * 99 / 100]);
+    printf("fsyncs %ld seconds %.6f p50_us %.1f p99_us %.1f\n", count, seconds, took_us[count / 2],
+           took_us[count * 99 / 100]);
     return 0;
 }
 

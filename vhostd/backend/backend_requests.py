@@ -115,23 +115,27 @@ class BackendRequests:
                 wish.request, wish.payload, wish.files, may_begin=lambda: self._take(wish)
             )
         except ChannelClosed as error:
+            self._forget(wish)
             wish.on_answer(None)
             self._lose(channel, error)
             return
         if wish is _CONFIG_CHANGE:
             self.config_changes += 1
+        self._forget(wish)
         wish.on_answer(verdict)
 
     def _take(self, wish: _Wish) -> bool:
-        if not self._open:
-            return False
-        if wish is _CONFIG_CHANGE:
-            self._config_changed = False
-        elif wish is self._mapping:
+        # Asked again after each wait for room, so that nothing may be lost if it says no then.
+        if wish is not _CONFIG_CHANGE:
+            # Else it was taken back, or there is another by now.
+            return self._open and wish is self._mapping
+        self._config_changed = not self._open
+        return self._open
+
+    def _forget(self, mapping: _Wish) -> None:
+        """It is over, unless there is another by now."""
+        if self._mapping is mapping:
             self._mapping = None
-        else:
-            return False  # it was taken back, or there is another by now
-        return True
 
     def _lose(self, channel: BackendChannel, error: ChannelClosed) -> None:
         self._config_changed = True  # maybe lost; a VMM with a new channel will be told

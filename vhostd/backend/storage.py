@@ -10,7 +10,7 @@ import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -25,7 +25,7 @@ from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Effects, JsonObject, Refused
 from vhostd.devices.pmem import ImageView, Pmem, PmemMode
 from vhostd.devices.pmem_state import Failure
-from vhostd.images.image_file import ImageState, OpenImage, look_at, open_image
+from vhostd.images.image_file import ImageState, ImageUnusable, OpenImage, look_at, open_image
 from vhostd.images.mapped import drop_cache, mark_cold, referenced_size
 from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
@@ -38,6 +38,9 @@ before they begin to be written."""
 
 CARE_SHARE: Final = 0.02
 """Of a processor at most: where a look takes long, the next one comes later."""
+
+LET_GO_TIMEOUT_S: Final = 1.0
+"""How long a VMM's end may take for the sake of the next: a look at a healthy image is over."""
 
 FREE_SIZE_MIN: Final = 256 * MiB
 """Where a sparse image's file system has less than this left, the VM is stopped: the next page that
@@ -93,6 +96,7 @@ class Storage:
         self._image: _native.Image | None = None
         # Our own: threads that wait for this image's storage must not be those of other VMs.
         self._threads = trio.CapacityLimiter(2)
+        self._counted = False
         self._stopped_below: int | None = None
         self._removal_told = False
         self._cold_s = 0.0
@@ -102,8 +106,7 @@ class Storage:
         """Have the image open and locked inside the block, and the native device flush it.
 
         Raises:
-            ImageUnusable: it can't be served.
-            OSError: no memory or descriptor for it.
+            ImageUnusable: it can't be served, for want of memory or descriptors too.
         """
         options = self._device.options
         opened = await trio.to_thread.run_sync(
@@ -114,7 +117,7 @@ class Storage:
         self._registry.add_image(opened.identity)
         self._device.refused_image = None
         try:
-            self._image = _native.Image(opened.file.fileno())
+            self._image = _native_image(opened)
             if self._device.failure is not None:
                 self._image.fail(self._device.failure.error)
             async with worker.parked():
@@ -127,16 +130,40 @@ class Storage:
                 os.posix_fadvise(opened.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield
         finally:
-            self._device.add_counters(self.flush_counters())
+            with trio.CancelScope(shield=True):
+                async with worker.parked():
+                    self._native.stop_ring(0)  # requests that still wait are nobody's
+                    self._native.set_image(None)
             self._open, image, self._image = None, self._image, None
-            if image is not None:
-                image.close()
+            await self._let_go(opened, image)
             self._registry.remove_image(opened.identity)
-            opened.file.close()
+            self._device.add_counters(self.flush_counters())
+            self._counted = True
+
+    async def _let_go(self, opened: OpenImage, image: _native.Image | None) -> None:
+        """Close it once no thread and no worker is in it; the next VMM finds it in use before."""
+        closed = trio.Event()
+        trio.lowlevel.spawn_system_task(self._close_unused, opened, image, closed)
+        with trio.move_on_after(LET_GO_TIMEOUT_S, shield=True):
+            await closed.wait()
+
+    async def _close_unused(
+        self, opened: OpenImage, image: _native.Image | None, closed: trio.Event
+    ) -> None:
+        for _ in range(int(self._threads.total_tokens)):
+            # A thread has its token until it ends, whoever waits for it.
+            await self._threads.acquire_on_behalf_of(object())
+        if image is not None:
+            limiter = trio.CapacityLimiter(1)
+            await trio.to_thread.run_sync(image.wait_alone, limiter=limiter, abandon_on_cancel=True)
+            self._perform(self._failure_of(image))  # there was nobody left to be told of it
+            image.close()
+        opened.file.close()
+        closed.set()
 
     def flush_counters(self) -> dict[str, int]:
-        """What became of the guest's flushes on this connection."""
-        return self._native.pmem_counters().as_dict()
+        """What became of the guest's flushes on this connection; none once its device counts it."""
+        return {} if self._counted else self._native.pmem_counters().as_dict()
 
     def counters(self) -> dict[str, int]:
         """The same, with what its syncs took; named as in c_src/vhd_api.h."""
@@ -208,16 +235,16 @@ class Storage:
 
     def on_flush_failed(self) -> Effects:
         """The guest was told that a flush failed."""
-        if self._image is None:
-            return []
-        error = self._image.statistics().failed_errno
-        return [] if error == 0 else self._fail(error, f"sync: {os.strerror(error)}")
+        return [] if self._image is None else self._failure_of(self._image)
 
-    def _fail(self, error: int, why: str) -> Effects:
+    def _failure_of(self, image: _native.Image) -> Effects:
+        error = image.statistics().failed_errno
+        return [] if error == 0 else self._fail(image, error, f"sync: {os.strerror(error)}")
+
+    def _fail(self, image: _native.Image, error: int, why: str) -> Effects:
         if self._device.failure is not None:
             return []
-        assert self._image is not None, "called while the image is open"
-        self._image.fail(error)
+        image.fail(error)
         self._journal.log.error(
             LogEvent.IMAGE_FAILED,
             device=self._device.options.id,
@@ -285,9 +312,16 @@ class Storage:
         self._cold_s = trio.current_time()
         while True:
             started_s = trio.current_time()
+            took_s = 0.0
             image, opened = self._require()
             try:
-                await self._look(image, opened)
+                cache = await self._look(image, opened)
+                # Not what follows: that takes as long as the disk, and a writing guest goes on.
+                took_s = trio.current_time() - started_s
+                limit = self._policy.writeback_limit
+                if limit and cache is not None and cache.dirty > limit:
+                    await self._in_thread(image.write_back)
+                await self._cool(image, opened)
             except OSError as error:
                 self._journal.guest_caused(
                     ("image", self._device.options.id),
@@ -295,10 +329,9 @@ class Storage:
                     file=str(opened.path),
                     error=os.strerror(error.errno or 0),
                 )
-            took_s = trio.current_time() - started_s
             await trio.sleep(max(CARE_INTERVAL_S, took_s / CARE_SHARE))
 
-    async def _look(self, image: _native.Image, opened: OpenImage) -> None:
+    async def _look(self, image: _native.Image, opened: OpenImage) -> _native.ImageCache | None:
         cache, state = await self._in_thread(lambda: (image.cache(), look_at(opened.file)))
         self._device.image = ImageView(
             cached=None if cache is None else cache.cached,
@@ -309,10 +342,7 @@ class Storage:
             removed=state.removed,
         )
         self._look_at_file(state)
-        limit = self._policy.writeback_limit
-        if limit and cache is not None and cache.dirty > limit:
-            await self._in_thread(image.write_back)
-        await self._cool(image, opened)
+        return cache
 
     def _look_at_file(self, state: ImageState) -> None:
         options = self._device.options
@@ -320,7 +350,7 @@ class Storage:
             why = f"the file has shrunk to {state.file_size} bytes, {options.size} are in use"
             if self._device.failure is None:
                 self._stop_vm(f"{options.id}: {why}")
-            self._perform(self._fail(errno.ENODATA, why))
+            self._perform(self._fail(self._require()[0], errno.ENODATA, why))
         if state.removed and not self._removal_told:
             self._removal_told = True
             self._tell(
@@ -355,6 +385,16 @@ class Storage:
             return
         self._cold_s = trio.current_time()
         used = await self._in_thread(lambda: referenced_size(opened.identity, pid))
-        if used == 0 and self._device.image.cached:
-            await self.drop_cache()
+        if used == 0 and self._device.image.cached and self._device.failure is None:
+            with suppress(Refused):  # it has failed then, which is told and kept already
+                await self.drop_cache()
         await self._in_thread(lambda: mark_cold(opened.identity, pid))
+
+
+def _native_image(opened: OpenImage) -> _native.Image:
+    """The native side of an open image. Raises ImageUnusable."""
+    try:
+        return _native.Image(opened.file.fileno())
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ImageUnusable(f"{opened.path}: can't be served: {reason}") from error

@@ -91,9 +91,9 @@ def _qemu() -> Check:
 
 def _output(program: str, *arguments: str) -> str:
     done = subprocess.run(
-        [program, *arguments], capture_output=True, text=True, check=True, timeout=QEMU_TIMEOUT_S
+        [program, *arguments], capture_output=True, check=True, timeout=QEMU_TIMEOUT_S
     )
-    return done.stdout
+    return done.stdout.decode(errors="replace")
 
 
 def guest_checks(release: str) -> list[Check]:

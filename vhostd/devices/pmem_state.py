@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from vhostd.devices.base import JsonObject
@@ -25,7 +27,7 @@ class PmemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a successor process needs; totals are counters of connections that have ended."""
 
     failure: Failure | None
-    totals: dict[str, int]
+    totals: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
 
 
 def encode(failure: Failure | None, totals: dict[str, int]) -> JsonObject:

@@ -17,6 +17,9 @@ from vhostd.units import MiB, format_size
 PMEM_ALIGNMENT: Final = 2 * MiB
 """Linux maps persistent memory in sections of this size (drivers/nvdimm/pfn.h)."""
 
+FILE_SIZE_MAX: Final = (1 << 63) - 1
+"""What off_t holds."""
+
 CREATE_MODE: Final = 0o660
 
 
@@ -76,6 +79,9 @@ def open_image(path: Path, size: int, *, readonly: bool) -> OpenImage:
         raise ImageUnusable(f"{path}: can't be opened to be {what}: {error.strerror}") from error
     try:
         return _checked(path, file, size, readonly=readonly)
+    except OSError as error:
+        file.close()
+        raise ImageUnusable(f"{path}: can't be used: {error.strerror}") from error
     except BaseException:
         file.close()
         raise
@@ -130,10 +136,13 @@ def create_image(path: Path, size: int, *, preallocate: bool = False) -> None:
     """
     if size <= 0 or size % PMEM_ALIGNMENT:
         below = size // PMEM_ALIGNMENT * PMEM_ALIGNMENT
+        next_sizes = f"sizes are {below} and" if below > 0 else "size is"
         raise ImageUnusable(
             f"{path}: {size} bytes are no multiple of {format_size(PMEM_ALIGNMENT)}, in which"
-            f" guests map it; the next sizes are {below} and {below + PMEM_ALIGNMENT}"
+            f" guests map it; the next {next_sizes} {max(below, 0) + PMEM_ALIGNMENT}"
         )
+    if size > FILE_SIZE_MAX:
+        raise ImageUnusable(f"{path}: can't be made {size} bytes large: no file can be")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         file = OwnedFd(os.open(path, flags, CREATE_MODE))

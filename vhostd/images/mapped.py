@@ -18,7 +18,7 @@ from typing import Final
 from vhostd._native import Image, process_cool, process_page_out
 
 _MAPS_LINE: Final = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) \S{4} [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+)"
+    rb"([0-9a-f]+)-([0-9a-f]+) \S{4} [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+)"
 )
 
 
@@ -87,11 +87,11 @@ def referenced_size(identity: tuple[int, int], pid: int) -> int:
     """
     wanted = {(part.address, part.size) for part in _parts(pid, identity)}
     total, counting = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+    for line in _lines(pid, "smaps"):
         if (found := _MAPS_LINE.match(line)) is not None:
             start, end = int(found[1], 16), int(found[2], 16)
             counting = (start, end - start) in wanted
-        elif counting and line.startswith("Referenced:"):
+        elif counting and line.startswith(b"Referenced:"):
             total += int(line.split()[1]) * 1024
     return total
 
@@ -112,13 +112,19 @@ def mark_cold(identity: tuple[int, int], pid: int) -> None:
 
 def _parts(pid: int, identity: tuple[int, int]) -> Iterator[MappedPart]:
     device = (os.major(identity[0]), os.minor(identity[0]))
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+    for line in _lines(pid, "maps"):
         found = _MAPS_LINE.match(line)
         if found is None:
             continue
         start, end, major, minor, inode = found.groups()
         if (int(major, 16), int(minor, 16)) == device and int(inode) == identity[1]:
             yield MappedPart(int(start, 16), int(end, 16) - int(start, 16))
+
+
+def _lines(pid: int, name: str) -> list[bytes]:
+    # Files of that process may have any name: it need be no text, and of all that could end a
+    # line the kernel escapes the newline alone.
+    return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\n")
 
 
 def _reason(pid: int, error: OSError) -> str:

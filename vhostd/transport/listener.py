@@ -94,7 +94,8 @@ class Listener:
         """Stop listening and remove the path, unless it is somebody else's by now."""
         if self._socket.fileno() < 0:
             return
-        trio.lowlevel.notify_closing(self._socket)
+        if trio.lowlevel.in_trio_run():  # else nobody can wait for it
+            trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
         if self._path is not None and _identity(self._path) == self._identity:
             self._path.unlink()

@@ -110,7 +110,8 @@ class UnixStream:
     def close(self) -> None:
         """Hang up; tasks that wait for the socket get trio.ClosedResourceError."""
         if not self.closed:
-            trio.lowlevel.notify_closing(self._socket)
+            if trio.lowlevel.in_trio_run():  # else nobody can wait for it
+                trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 
     def try_read(self, size: int) -> Read | None:

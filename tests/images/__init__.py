@@ -1,0 +1,1 @@
+"""The image room: locks, image files, and page cache, on real files."""
