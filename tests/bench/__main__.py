@@ -21,16 +21,21 @@ from pathlib import Path
 import trio
 from vhostd.units import GiB, MiB, format_size
 
-from tests.bench import guest_run, mem_look, mem_run, recording, replay, wakeup
+from tests.bench import guest_run, mem_look, mem_run, pmem_run, recording, replay, wakeup
 from tests.bench.figures import BenchFailed, Findings
 from tests.bench.native import build
+from tests.bench.pmem_run import PmemEffort
+from tests.daemon import ControlFailed, DaemonFailed
 from tests.vm.cache import StackError
 from tests.vm.guest import GuestBootError, GuestCommandError, QemuDied
 
-PARTS = ("replay", "wakeup", "guest", "mem")
+PARTS = ("replay", "wakeup", "guest", "mem", "pmem")
 MEMORY_NEEDED = 4 * GiB
 MEMORY_NEEDED_MEM = 8 * GiB  # two guests with all they were given, side by side
-FAILURES = (BenchFailed, StackError, GuestBootError, GuestCommandError, QemuDied, OSError)
+FAILURES = (
+    BenchFailed, StackError, GuestBootError, GuestCommandError, QemuDied, DaemonFailed,
+    ControlFailed, OSError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Effort:
     looks: int
     resizes: int
     resets: int
+    pmem: PmemEffort
 
 
 FULL = Effort(
@@ -59,6 +65,7 @@ FULL = Effort(
     looks=20,
     resizes=5,
     resets=3,
+    pmem=PmemEffort(rounds=16, flushes=500, writes=240, early=6),
 )
 QUICK = Effort(
     replays=3,
@@ -69,6 +76,7 @@ QUICK = Effort(
     looks=5,
     resizes=1,
     resets=1,
+    pmem=PmemEffort(rounds=4, flushes=250, writes=96, early=2),
 )
 
 
@@ -129,6 +137,9 @@ def _measure(parts: Sequence[str], effort: Effort, folder: Path, findings: Findi
         times = f"{2 * effort.resizes + 1} times, reset {effort.resets}"
         _say(f"real guests, {size} of virtio-mem in and out {times}")
         trio.run(partial(mem_run.measure, effort.resizes, effort.resets, folder, findings))
+    if "pmem" in parts:
+        _say(f"a real guest makes writes durable on four disks, {effort.pmem.rounds} rounds")
+        trio.run(partial(pmem_run.measure, effort.pmem, folder, findings))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import mem_look, recording
-from tests.bench.figures import Aim, BenchFailed, Spread, at_rank
+from tests.bench import mem_look, pmem_side, recording
+from tests.bench.figures import Aim, BenchFailed, Findings, Spread, at_rank
 from tests.bench.mem_side import process_s
 from tests.bench.native import Echo, Pinger, Programs, Vmm, build
+from tests.bench.pmem_host import host_syncs
+from tests.bench.pmem_report import report_rates
+from tests.bench.pmem_run import turns
+from tests.bench.pmem_side import BLOCK, BUILT_IN, NAMES, SHMEM, WINDOW, Syncs, make_images
 from tests.fakes.eventfd import new_eventfd
 from tests.fakes.memory import BLOCK_SIZE, MIB, PAGE_SIZE, open_memfd
 
@@ -133,3 +137,55 @@ def test_the_processor_time_of_a_process_is_what_its_own_clock_says() -> None:
     before = time.process_time()
     found = process_s(os.getpid())
     assert before <= found <= time.process_time()
+
+
+def test_over_four_rounds_each_disk_is_once_at_every_place_and_after_others() -> None:
+    rounds = [turns(NAMES, number) for number in range(4)]
+
+    assert [sorted(places) for places in zip(*rounds, strict=True)] == [sorted(NAMES)] * 4
+    before = {name: {order[order.index(name) - 1] for order in rounds} for name in NAMES}
+    assert min(map(len, before.values())) > 1
+
+
+def test_images_are_written_in_full_and_say_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pmem_side, "SIZE", 2 * MIB)
+
+    images = make_images(tmp_path)
+
+    assert set(NAMES) < set(images)
+    assert {path.stat().st_size for path in images.values()} == {2 * MIB}
+    assert min(path.stat().st_blocks * BLOCK_SIZE for path in images.values()) >= 2 * MIB
+    marks = {path.read_bytes().rstrip(b"\0") for path in images.values()}
+    assert len(marks) == len(images) and all(marks)
+
+
+def test_the_host_syncs_a_clean_file_and_really_dirty_ones(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(PAGE_SIZE))
+
+    with host_syncs(tmp_path) as host:
+        host.turn(image, 3)
+        changed = [bytes(scratch.mapping).count(1) for scratch in (host.pages, host.folios)]
+
+        assert len(host.clean) == len(host.pages.dirtied) == len(host.folios.dirtied) == 1
+        assert all(0 < turn.p50 <= turn.p99 for turn in (*host.clean, *host.pages.dirtied))
+        assert all(count in (1, 2, 3) for count in changed)
+    assert image.read_bytes() == bytes(PAGE_SIZE)
+    assert list(tmp_path.iterdir()) == [image]
+
+
+def test_rates_are_held_against_both_and_judged_against_the_built_in_device() -> None:
+    def syncs(wall_s: float) -> list[Syncs]:
+        return [Syncs(100, wall_s, 1, 1, 1)]
+
+    findings = Findings()
+    taken = {SHMEM: syncs(0.5), WINDOW: syncs(2), BUILT_IN: syncs(1), BLOCK: syncs(4)}
+
+    report_rates("writes", taken, findings)
+
+    ratios = [(row.ratio.median, row.aim and row.aim.met(row.ratio)) for row in findings.rows]
+    assert ratios == [(2, True), (0.5, False), (8, None)]
+    assert [row.ours for row in findings.rows] == ["200 /s", "50 /s", "200 /s"]
+    assert findings.samples["writes, /s, virtio-blk"] == [25]
