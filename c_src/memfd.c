@@ -7,6 +7,8 @@
 
 #include "vhd.h"
 
+enum { PAGE_SIZE_MAX = 65536 }; /* of any Linux on which this could run */
+
 /* So that a mapping of it never faults, whoever else has the descriptor. */
 enum { SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL };
 
@@ -64,10 +66,12 @@ void vhd_memfd_close(int fd, void *at, size_t size)
 
 int vhd_memfd_clear(int fd, size_t size)
 {
+    /* A page of which the end is left out is only zeroed, for all who still refer to it too. */
+    size_t pages = (size + PAGE_SIZE_MAX - 1) / PAGE_SIZE_MAX * PAGE_SIZE_MAX;
     int rc;
 
     do {
-        rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)size);
+        rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)pages);
     } while (rc != 0 && errno == EINTR);
     return rc == 0 ? 0 : -errno;
 }

@@ -57,7 +57,9 @@ void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, u
     typedef uint32_t __attribute__((may_alias)) whole;
     struct vhd_ring_push push = vhd_ring_announce(&queue->ring, slots);
 
-    _Static_assert(sizeof push == sizeof(whole), "no successor finds half of it");
+    _Static_assert(sizeof push == sizeof(whole) &&
+                       offsetof(struct vhd_ring_shared, push) % sizeof(whole) == 0,
+                   "no successor finds half of it");
     __atomic_store_n((whole *)&queue->shared->push, *(const whole *)&push, __ATOMIC_RELAXED);
     vhd_fence_before_death();
     vhd_ring_push(&queue->ring, id, slots, written);
@@ -70,7 +72,9 @@ void vhd_queue_publish_position(struct vhd_queue *queue)
     typedef uint64_t __attribute__((may_alias)) whole;
     struct vhd_ring_position position = vhd_queue_position(queue);
 
-    _Static_assert(sizeof position == sizeof(whole), "no successor finds half of it");
+    _Static_assert(sizeof position == sizeof(whole) &&
+                       offsetof(struct vhd_ring_shared, position) % sizeof(whole) == 0,
+                   "no successor finds half of it");
     __atomic_store_n((whole *)&queue->shared->position, *(const whole *)&position,
                      __ATOMIC_RELAXED);
 }
