@@ -1,0 +1,48 @@
+"""A disk whose storage fails under a real guest: its fsync fails, and does until it is seen to."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from vhostd.images.image_file import create_image
+
+from tests.e2e.conftest import DISK_SIZE, VM, ServeDisk, disk_device
+from tests.fakes.sync_shim import SyncShim
+from tests.vm.guest import Guest
+
+pytestmark = pytest.mark.guest
+
+
+async def synced(guest: Guest) -> bool:
+    """Write to the raw disk and fsync; whether the guest was told that it is durable."""
+    said = await guest.run(
+        "dd if=/dev/zero of=/dev/pmem0 bs=4k count=1 conv=fsync 2>&1 && echo durable || true"
+    )
+    assert "durable" in said or "Input/output error" in said, said
+    return "durable" in said
+
+
+async def test_a_sync_that_failed_once_fails_until_it_is_cleared(
+    serve_disk: ServeDisk, tmp_path: Path
+) -> None:
+    image = tmp_path / "disk.img"
+    create_image(image, DISK_SIZE)
+    shim = SyncShim.build(tmp_path)
+    file = shim.watch(image)
+    devices = disk_device(image, "shmem")
+    async with serve_disk(devices, environment=dict(shim.environment())) as served:
+        assert await synced(served.guest)
+        file.fail(errno.EIO, 1)
+        assert not await synced(served.guest)
+        # The storage is healthy again, but what it lost is lost.
+        for _ in range(3):
+            assert not await synced(served.guest)
+        pmem = await served.pmem()
+        assert pmem["failed"] == "sync: Input/output error" and pmem["flush_errors"] >= 4
+        events = await served.daemon.ctl("events")
+        assert "pmem_failed" in events
+        await served.daemon.ctl("pmem", "clear", VM)
+        assert await synced(served.guest)
+        assert (await served.pmem())["failed"] is None
