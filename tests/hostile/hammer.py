@@ -17,7 +17,6 @@ WORDS = (
     *(12 << 20, 13 << 20, 40 << 20, 64 << 20, 1 << 50, (1 << 64) - 8),  # addresses
 )
 HALF_WORD_MAX = 0xFFFF
-HEAD = 64  # bytes
 
 
 def hammer(fd: int, seed: int, ranges: list[tuple[int, int]]) -> None:
@@ -27,15 +26,15 @@ def hammer(fd: int, seed: int, ranges: list[tuple[int, int]]) -> None:
     memory = mmap.mmap(fd, (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE)
     values = [source.choice(WORDS) for _ in range(4096)]
     places = [offset + 2 * source.randrange(length // 2) for offset, length in ranges * 1024]
-    # The device starts at the front of each range: leave no half-word out there.
-    places += [offset + at for offset, length in ranges for at in range(0, min(length, HEAD), 2)]
+    # Random draws leave some out, and a device that waits at one of those waits for ever.
+    places += [offset + at for offset, length in ranges for at in range(0, length, 2)]
     while True:
+        source.shuffle(places)
         for place, value in zip(places, values, strict=False):
             if value <= HALF_WORD_MAX:
                 struct.pack_into("<H", memory, place, value)
             else:
                 struct.pack_into("<Q", memory, place & ~7, value)
-        source.shuffle(places)
 
 
 def main() -> None:
