@@ -38,8 +38,8 @@ static int inspect(struct vhd_device *device)
     if (position > FILE_SIZE)
         return -EPROTO;
     device->reply.position = (uint32_t)position;
-    if (record->valid != 0 && (position < record->begin || position > record->end ||
-                               record->end > FILE_SIZE || record->begin > record->end))
+    if (record->pending != 0 && (position < record->begin || position > record->end ||
+                                 record->end > FILE_SIZE || record->begin > record->end))
         return -EPROTO; /* another open file than the one the record is about */
     return 0;
 }
@@ -72,7 +72,7 @@ void vhd_reply_close(struct vhd_device *device)
 
 bool vhd_reply_pending(const struct vhd_device *device)
 {
-    return __atomic_load_n(&device->shared->reply.valid, __ATOMIC_RELAXED) != 0;
+    return __atomic_load_n(&device->shared->reply.pending, __ATOMIC_RELAXED) != 0;
 }
 
 /* -- the mark in the socket ------------------------------------------------------------------- */
@@ -105,7 +105,7 @@ void vhd_reply_socket_left(struct vhd_device *device)
 void vhd_reply_socket_set(struct vhd_device *device)
 {
     if (!device->reply.inherited)
-        device->shared->reply.valid = 0; /* it was of another socket */
+        device->shared->reply.pending = 0; /* it was of another socket */
     device->reply.inherited = false;
     device->reply.peek_offset = OFFSET_UNKNOWN;
     /* sendfile(2) knows no MSG_DONTWAIT. */
@@ -138,14 +138,14 @@ static int begin_anew(struct vhd_device *device)
     return 0;
 }
 
-int vhd_reply_prepare(vhd_device *device, uint32_t consume_size, const uint8_t *bytes,
-                      uint32_t size)
+int vhd_reply_prepare(vhd_device *device, uint64_t number, uint32_t consume_size,
+                      const uint8_t *bytes, uint32_t size)
 {
     struct vhd_reply_shared *record = &device->shared->reply;
     struct vhd_reply *reply = &device->reply;
     int rc;
 
-    if (size > VHD_REPLY_SIZE_MAX || consume_size > INT32_MAX)
+    if (number == 0 || size > VHD_REPLY_SIZE_MAX || consume_size > INT32_MAX)
         return -EINVAL;
     if (device->socket_fd < 0)
         return -ENOTCONN;
@@ -164,7 +164,7 @@ int vhd_reply_prepare(vhd_device *device, uint32_t consume_size, const uint8_t *
     if (rc != 0)
         return rc;
     vhd_fence_before_death();
-    __atomic_store_n(&record->valid, 1, __ATOMIC_RELAXED);
+    __atomic_store_n(&record->pending, number, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -215,8 +215,15 @@ static int send_rest(struct vhd_device *device)
     return 0;
 }
 
+/* Is nobody left who could be answered, now or later? */
+static bool is_final(int error)
+{
+    return error == -EPIPE || error == -ECONNRESET || error == -EPROTO;
+}
+
 int vhd_reply_finish(vhd_device *device)
 {
+    struct vhd_reply_shared *record = &device->shared->reply;
     int rc;
 
     if (!vhd_reply_pending(device))
@@ -226,12 +233,17 @@ int vhd_reply_finish(vhd_device *device)
     rc = consume(device);
     if (rc == 0)
         rc = send_rest(device);
-    if (rc != 0)
+    if (rc != 0 && !is_final(rc))
         return rc;
     vhd_fence_before_death();
-    __atomic_store_n(&device->shared->reply.valid, 0, __ATOMIC_RELAXED);
+    if (record->pending != UINT64_MAX)
+        __atomic_store_n(&record->finished, record->pending, __ATOMIC_RELAXED);
+    vhd_fence_before_death();
+    __atomic_store_n(&record->pending, 0, __ATOMIC_RELAXED);
     /* Whoever peeks next, if it is not the worker, expects to begin at the head. */
-    return device->socket_watched ? 0 : vhd_reply_mark(device, OFFSET_OFF);
+    if (!device->socket_watched)
+        (void)vhd_reply_mark(device, OFFSET_OFF);
+    return rc;
 }
 
 int vhd_device_reply_fd(const vhd_device *device)

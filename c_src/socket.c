@@ -156,7 +156,7 @@ static void serve_one(struct vhd_device *device)
         reply_size = answer_get(device, &message);
     else
         reply_size = apply_set(device, &message);
-    if (vhd_reply_prepare(device, size, (const uint8_t *)&message, reply_size) != 0)
+    if (vhd_reply_prepare(device, UINT64_MAX, size, (const uint8_t *)&message, reply_size) != 0)
         hand_over(device); /* Python finds it in the socket, and what is wrong with that */
     else
         (void)finish(device);

@@ -142,7 +142,8 @@ struct vhd_pmem_counters {
 
 /* A request that was handled and must now be taken from the socket and answered, once. */
 struct vhd_reply_shared {
-    uint32_t valid;
+    uint64_t pending;  /* its number, UINT64_MAX one that the worker serves; 0 = there is none */
+    uint64_t finished; /* number of the latest one that was finished, the worker's not counted */
     uint32_t consume_size; /* of the request */
     uint32_t begin;        /* of the reply in its memfd */
     uint32_t end;
@@ -227,8 +228,7 @@ uint64_t vhd_worker_rounds(const vhd_worker *worker);
 
 /* -- device ----------------------------------------------------------------------------------- */
 
-/* A vhost-user connection's queues and config space. config_writable: config_size bytes, a 1 bit
- * for each bit the guest may write. [setup] */
+/* Queues and config space. config_writable: a 1 bit for each bit the guest may write. [setup] */
 vhd_device *vhd_device_create(uint32_t queue_count, uint32_t config_size,
                               const uint8_t *config_writable, int *error);
 /* The same over the two memfds of a dead predecessor, duplicated: counters, config bytes and a
@@ -263,13 +263,13 @@ void vhd_socket_configure(vhd_device *device, int hot, int reply_ack);
  * handled again, which handling must bear; who dies later leaves the rest of finish, which a
  * successor calls after vhd_socket_set() and before it looks at the socket. Nothing is read or
  * peeked between the two. Only for the side that owns the socket.
- * consume_size: of the request, all there; descriptors with it are closed. size: of the reply, at
- * most VHD_REPLY_SIZE_MAX, may be 0; descriptors can't be sent along. -EBUSY: finish the last one
- * first; -EINVAL; -ENOTCONN no socket. [any] */
-int vhd_reply_prepare(vhd_device *device, uint32_t consume_size, const uint8_t *bytes,
-                      uint32_t size);
-/* 0: done, or nothing was prepared; -EAGAIN: the socket is full, call again when it is writable;
- * -EPROTO: less than consume_size was there; else of sendfile(2), which may raise SIGPIPE. [any] */
+ * number: see vhd_reply_shared. consume_size: of the request, all there; descriptors with it are
+ * closed. size: of the reply, at most VHD_REPLY_SIZE_MAX, may be 0; descriptors can't be sent.
+ * -EBUSY: finish the last one; -EINVAL; -ENOTCONN. [any] */
+int vhd_reply_prepare(vhd_device *device, uint64_t number, uint32_t consume_size,
+                      const uint8_t *bytes, uint32_t size);
+/* 0: done, or nothing was prepared; -EAGAIN: full, call again when it is writable; -EPROTO: less
+ * than consume_size was there; else of sendfile(2), which may raise SIGPIPE. [any] */
 int vhd_reply_finish(vhd_device *device);
 
 void vhd_config_publish(vhd_device *device, uint32_t offset, const uint8_t *bytes,

@@ -141,10 +141,17 @@ class Device:
     # prepare, finish. A death before prepare_reply() leaves it to be handled again, one after it
     # to be finished.
 
-    def prepare_reply(self, consume_size: int, data: bytes = b"") -> None:
+    @property
+    def reply_numbers(self) -> tuple[int, int]:
+        """Numbers of the reply that is prepared (0: none) and of the latest that is finished."""
+        raw = self._shared.reply
+        return raw.pending, raw.finished
+
+    def prepare_reply(self, number: int, consume_size: int, data: bytes = b"") -> None:
         """Say that the request at the head of the socket was handled. Nothing is sent yet.
 
         Args:
+            number: above 0 and that of the one before, see reply_numbers.
             consume_size: bytes of the request, all of which are there; descriptors that came with
                 them are closed.
             data: its reply, at most 8192 bytes, may be none; descriptors can't go with it.
@@ -152,7 +159,8 @@ class Device:
         Raises:
             OSError: EBUSY the last one is not finished, EINVAL too large, ENOTCONN no socket.
         """
-        check(lib.vhd_reply_prepare(self._handle, consume_size, data, len(data)), "prepare reply")
+        result = lib.vhd_reply_prepare(self._handle, number, consume_size, data, len(data))
+        check(result, "prepare reply")
 
     def finish_reply(self) -> bool:
         """Take the request from the socket and send the reply, as far as that was not done.
@@ -163,7 +171,8 @@ class Device:
             False: the socket is full; call again when it is writable, and do nothing else with it.
 
         Raises:
-            OSError: EPIPE or ECONNRESET the VMM is gone, EPROTO the request was not all there.
+            OSError: EPIPE or ECONNRESET the VMM is gone, EPROTO the request was not all there;
+                these end it, nothing is owed any more.
         """
         result = lib.vhd_reply_finish(self._handle)
         if result == -errno.EAGAIN:
