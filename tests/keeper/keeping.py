@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import pytest
 
+from tests.native.rig import wait_until
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 20.0
 HELLO_SIZE_MAX = 1 << 20
@@ -26,6 +28,31 @@ from pathlib import Path
 from vhostd.keeper.supervisor import keep
 sys.exit(keep(sys.argv[3:], socket_parent=Path(sys.argv[1]), **json.loads(sys.argv[2])))
 """
+
+
+RECVFROM = {"45", "207"}  # x86-64, arm64
+
+
+def children(keeper: int) -> list[int]:
+    """Process ids, the oldest first."""
+    words = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    return [int(word) for word in words]
+
+
+def loaded_spare(keeper: int, service: int) -> int:
+    """Wait until a keeper's spare process waits for its turn; its process id."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [pid for pid in children(keeper) if pid != service]
+        try:
+            call = Path(f"/proc/{found[0]}/syscall").read_text() if found else ""
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return call.partition(" ")[0] in RECVFROM
+
+    wait_until(look, TIMEOUT_S)
+    return found[0]
 
 
 def hangs_up(fd: int, timeout_s: float = TIMEOUT_S) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from vhostd import systemd
 from vhostd.fds import OwnedFd
+from vhostd.keeper import spare
 
 BARRIER_TIMEOUT_S = 10.0
 TOLD_KEYS = ("NOTIFY_SOCKET", "LISTEN_FDNAMES", "LISTEN_PID", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -75,7 +76,10 @@ def exit_with(code: int) -> Callable[[int, FrameType | None], None]:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, exit_with(0))
-    passed = systemd.passed_fds(os.environ, os.getpid())
+    if spare.is_spare(os.environ, os.getpid()):
+        passed = spare.wait_for_turn()
+    else:
+        passed = systemd.passed_fds(os.environ, os.getpid())
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
         control.connect(sys.argv[1])
         control.send(json.dumps(hello(passed)).encode())

@@ -187,16 +187,16 @@ def watched(keeper: Keeper) -> Service:
 
 
 def test_a_silent_service_is_aborted_once_it_was_ready(folder: Path) -> None:
-    with closing(kept := os.eventfd(0)), keeping(folder, watchdog_s=0.3) as keeper:
+    with closing(kept := os.eventfd(0)), keeping(folder, watchdog_s=1.5) as keeper:
         service = watched(keeper)
         service.store("kept", kept)
-        assert service.hello["environment"]["WATCHDOG_USEC"] == "300000"
+        assert service.hello["environment"]["WATCHDOG_USEC"] == "1500000"
         service.tell("notify", "WATCHDOG=1")
-        assert not service.ends(0.6)  # not ready yet: it may take its time
+        assert not service.ends(1.8)  # not ready yet: it may take its time
         service.ready()
-        for _ in range(8):
+        for _ in range(5):
             service.tell("notify", "WATCHDOG=1")
-            assert not service.ends(0.1)
+            assert not service.ends(0.4)
         assert service.ends()
         assert keeper.next_service().passed == {"kept": 1}
         assert f"died by signal {signal.SIGABRT:d}" in keeper.wait_line("restarted")

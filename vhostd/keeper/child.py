@@ -52,6 +52,10 @@ class Child:
         """Seconds since it was started."""
         return time.monotonic() - self.started_s
 
+    def begin_life(self) -> None:
+        """Its life begins now, though the process is older."""
+        self.started_s = time.monotonic()
+
     def send_signal(self, number: int) -> None:
         """Send it a signal; one that has ended gets none."""
         os.kill(self.pid, number)
@@ -64,11 +68,18 @@ class Child:
 
 
 def service_environment(
-    environment: Mapping[str, str], notify_path: str, watchdog_s: float | None
+    environment: Mapping[str, str],
+    notify_path: str,
+    watchdog_s: float | None,
+    store_max: int,
 ) -> dict[str, str]:
-    """The environment of a service, except for what start() alone can tell."""
+    """The environment of a service, except for what start() alone can tell.
+
+    store_max: descriptors that are kept; sd_notify(3) says it as FDSTORE.
+    """
     result = {key: value for key, value in environment.items() if key not in _OURS}
     result["NOTIFY_SOCKET"] = notify_path
+    result["FDSTORE"] = str(store_max)
     if watchdog_s is not None:
         result["WATCHDOG_USEC"] = str(round(watchdog_s * 1e6))
     return result

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from vhostd.errors import HostError
-from vhostd.keeper.child import Child, service_environment, start
+from vhostd.keeper.child import Child, service_environment
 from vhostd.keeper.notify_socket import Notification, NotifySocket, Refused
 from vhostd.keeper.signals import SignalWakeup
+from vhostd.keeper.spare import Starter
 from vhostd.keeper.speech import Complaints, printable, say
 from vhostd.keeper.store import (
     RESERVED_FDS,
@@ -28,7 +29,7 @@ from vhostd.keeper.store import (
     StoreFull,
     raise_fd_limit,
 )
-from vhostd.systemd import is_fd_name
+from vhostd.systemd import is_fd_name, notify
 
 STOP_TIMEOUT_S: Final = 5.0
 """From asking a service to end to SIGKILL."""
@@ -68,6 +69,7 @@ def keep(
     quick_death_s: float = QUICK_DEATH_S,
     socket_parent: Path | None = None,
     environment: Mapping[str, str] = os.environ,
+    spare: bool = False,
 ) -> int:
     """Run a service, and again whenever it dies, with the descriptors it stored; its exit code.
 
@@ -85,6 +87,7 @@ def keep(
         socket_parent: where the directory of NOTIFY_SOCKET is made; None: TMPDIR or /tmp. The path
             must fit into 108 bytes, unix(7).
         environment: the service's, less what a manager of ours said in it.
+        spare: have a second process load the program in advance; it must know of keeper.spare.
 
     Returns:
         The exit code of the last service, 128 + n if it died by signal n; 0 if SIGTERM came while
@@ -101,12 +104,14 @@ def keep(
     notify_socket = NotifySocket(parent)
     supervisor = Supervisor(
         argv,
-        service_environment(environment, str(notify_socket.path), watchdog_s),
+        service_environment(environment, str(notify_socket.path), watchdog_s, min(room, store_max)),
         notify_socket,
         FdStore(min(room, store_max)),
         watchdog_s=watchdog_s,
         stop_timeout_s=stop_timeout_s,
         quick_death_s=quick_death_s,
+        manager=environment,
+        spare=spare,
     )
     try:
         return supervisor.run()
@@ -136,10 +141,14 @@ class Supervisor:
         watchdog_s: float | None,
         stop_timeout_s: float,
         quick_death_s: float,
+        manager: Mapping[str, str],
+        spare: bool,
     ) -> None:
-        """The arguments are keep()'s; the socket and the store are ours from here on."""
-        self._argv = argv
-        self._environment = environment
+        """The arguments are keep()'s; the socket and the store are ours from here on.
+
+        manager: the environment in which our own service manager may have said something.
+        """
+        self._manager = manager
         self._notify_socket = notify_socket
         self._store = store
         self._watchdog_s = watchdog_s
@@ -147,6 +156,7 @@ class Supervisor:
         self._quick_death_s = quick_death_s
         self._signals = SignalWakeup()
         self._complaints = Complaints()
+        self._starter = Starter(argv, environment, self._complaints, spare=spare)
         self._child: Child | None = None
         self._goal = Goal.RUN
         self._ever_ready = False
@@ -167,6 +177,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Let go of everything: stored descriptors are closed."""
+        self._starter.drop_spare()
         self._selector.close()
         self._signals.close()
         self._notify_socket.close()
@@ -189,7 +200,12 @@ class Supervisor:
     def _wait_s(self) -> float | None:
         due_s = [
             at_s
-            for at_s in (self._start_at_s, self._ping_due_s, self._kill_at_s)
+            for at_s in (
+                self._start_at_s,
+                self._ping_due_s,
+                self._kill_at_s,
+                self._starter.spare_due_s,
+            )
             if at_s is not None
         ]
         return max(0.0, min(due_s) - time.monotonic()) if due_s else None
@@ -198,6 +214,7 @@ class Supervisor:
         now_s = time.monotonic()
         if self._start_at_s is not None and self._start_at_s <= now_s and self._exit_code is None:
             self._start()
+        self._starter.on_deadline(now_s)
         if self._ping_due_s is not None and self._ping_due_s <= now_s:
             self._abort(f"no WATCHDOG=1 for {self._watchdog_s} s")
         if self._kill_at_s is not None and self._kill_at_s <= now_s and self._child is not None:
@@ -210,7 +227,7 @@ class Supervisor:
     def _start(self) -> None:
         self._start_at_s = None
         try:
-            child = start(self._argv, self._environment, list(self._store))
+            child = self._starter.start(list(self._store))
         except OSError as error:
             if not self._starts:
                 raise HostError(f"no process can be started: {error.strerror}") from error
@@ -289,6 +306,7 @@ class Supervisor:
             self._exit_code = 0
 
     def _upgrade(self) -> None:
+        self._starter.drop_spare()  # it has the old program loaded
         if self._child is None:
             self._start_at_s = time.monotonic()
         elif self._goal is Goal.RUN:
@@ -351,12 +369,22 @@ class Supervisor:
             except StoreFull as full:
                 self._complaints.complain("the store is full", str(full))
 
+    def _tell_own_manager(self) -> None:
+        """Whoever started us as a service waits for READY of us."""
+        try:
+            notify("READY=1", environment=self._manager)
+        except OSError as error:
+            say(f"our own service manager can't be told that we are ready: {error.strerror}")
+
     def _change_state(self, message: Notification) -> None:
         child = self._child
         assert child is not None  # a message is only taken from it
         now_s = time.monotonic()
         if message.says("READY") and not child.ready:
+            if not self._ever_ready:
+                self._tell_own_manager()
             child.ready = self._ever_ready = True
+            self._starter.plan_spare(now_s)
             status = printable(message.assignments.get("STATUS", ""))
             say(
                 f"PID {child.pid} ready after {child.lived_s:.2f} s{': ' if status else ''}{status}"
