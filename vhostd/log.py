@@ -52,6 +52,9 @@ class LogEvent(StrEnum):
     IMAGE_NO_SPACE = "image_no_space"
     CACHE_DROPPED = "pmem_cache_dropped"
     HOST_ERROR = "host_error"
+    TAKEN_OVER = "vm_taken_over"
+    STATE_SET_ASIDE = "state_set_aside"
+    NOT_TAKEN_OVER = "vm_not_taken_over"
     LINES_SUPPRESSED = "lines_suppressed"
 
 

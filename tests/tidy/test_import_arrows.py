@@ -16,15 +16,15 @@ ARROWS: dict[str, set[str]] = {
     "session": {"protocol"},
     "devices": {"protocol"},
     "_native": set(),
-    "memory": {"_native"},
+    "memory": {"_native", "handover"},
     "images": {"_native"},
     "backend": {
-        "transport", "protocol", "session", "devices", "memory", "images", "_native", "log",
-        "config", "config_devices", "qmp",
+        "transport", "protocol", "session", "devices", "memory", "images", "handover", "_native",
+        "log", "config", "config_devices", "qmp",
     },
     "metrics": {"control"},
     "keeper": {"systemd"},
-    "handover": set(),
+    "handover": {"session", "systemd", "log"},
     "control": {"metrics", "config", "log", "images"},
 }  # fmt: skip
 PURE = {"protocol", "session", "devices"}

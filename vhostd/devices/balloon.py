@@ -20,7 +20,7 @@ from vhostd.devices.balloon_features import (
     resolve_roles,
 )
 from vhostd.devices.balloon_hinting import Hinting
-from vhostd.devices.balloon_state import PAGES_MAX, BalloonState
+from vhostd.devices.balloon_state import PAGES_MAX, BalloonState, decode_target
 from vhostd.devices.balloon_statistics import StatisticsQueue
 from vhostd.devices.base import (
     Chain,
@@ -301,6 +301,7 @@ class Balloon:
             statistics=statistics.latest,
             statistics_received_s=statistics.received_s,
             statistics_updates=statistics.updates,
+            statistics_held=statistics.held_position,
         )
         plain: JsonObject = msgspec.to_builtins(state)
         return plain
@@ -327,6 +328,13 @@ class Balloon:
         self.statistics.latest = state.statistics
         self.statistics.received_s = state.statistics_received_s
         self.statistics.updates = state.statistics_updates
+        self.statistics.expect(state.statistics_held)
+
+    def lasting(self) -> JsonObject:
+        return {"target": self.target}
+
+    def recall(self, lasting: JsonObject) -> None:
+        self._target_pages = decode_target(lasting) // BALLOON_PAGE_SIZE
 
     def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """Sizes in bytes; `actual` and `stats` are the guest's word, the rest is ours."""

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from vhostd.devices.balloon_hinting import DONE, STOP, HintPhase
 from vhostd.devices.balloon_statistics import Statistics
+from vhostd.devices.base import JsonObject
+from vhostd.units import BALLOON_PAGE_SIZE
 
 PAGES_MAX: Final = 0xFFFF_FFFF
+
+
+class LastingBalloon(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What outlives the host, too. target: bytes."""
+
+    target: Annotated[
+        int, msgspec.Meta(ge=0, le=PAGES_MAX * BALLOON_PAGE_SIZE, multiple_of=BALLOON_PAGE_SIZE)
+    ]
+
+
+def decode_target(lasting: JsonObject) -> int:
+    """The target that lasted, bytes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return msgspec.convert(lasting, LastingBalloon).target
+    except msgspec.ValidationError as error:
+        raise ValueError(f"not what lasts of a balloon: {error}") from error
 
 
 class BalloonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,6 +53,7 @@ class BalloonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     statistics: Statistics
     statistics_received_s: float
     statistics_updates: int
+    statistics_held: int | None
 
     def __post_init__(self) -> None:
         fields = (self.target_pages, self.actual_pages, self.poison_value, self.hint_shown)

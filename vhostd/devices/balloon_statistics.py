@@ -80,6 +80,16 @@ class StatisticsQueue:
         self.received_s = 0.0
         self.updates = 0
         self._held: Chain | None = None
+        self._known_position: int | None = None
+
+    @property
+    def held_position(self) -> int | None:
+        """Where in its ring the buffer is that is held; None: none is."""
+        return self._known_position if self._held is None else self._held.position
+
+    def expect(self, position: int | None) -> None:
+        """A predecessor held the buffer there: it comes again, and its numbers are known."""
+        self._known_position = position
 
     @property
     def holding(self) -> bool:
@@ -92,7 +102,10 @@ class StatisticsQueue:
         if self._held is not None:
             effects += self.request()
             effects.append(Log(DeviceEvent.STATISTICS_UNASKED))
+        known, self._known_position = self._known_position, None
         self._held = chain
+        if chain.position == known:
+            return effects
         if statistics := parse_statistics(chain.data):
             self.latest = statistics
             self.received_s = now_s
@@ -113,4 +126,4 @@ class StatisticsQueue:
 
     def forget_buffer(self) -> None:
         """The ring stopped: the buffer is the driver's again and comes back when it starts."""
-        self._held = None
+        self._held = self._known_position = None

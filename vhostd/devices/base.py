@@ -295,6 +295,18 @@ class Device(Protocol):
             ValueError: `saved` is not what save() returned; this object is unchanged.
         """
 
+    def lasting(self) -> JsonObject:
+        """What not even a reboot of the host is to undo, as plain data."""
+
+    def recall(self, lasting: JsonObject) -> None:
+        """Begin with what lasting() said, where the configuration has not changed since.
+
+        Called before anything else, and not where load() is.
+
+        Raises:
+            ValueError: it is not what lasting() returned, or can't be; this object is unchanged.
+        """
+
     def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """The device as vhostctl shows it.
 

@@ -36,7 +36,7 @@ from vhostd.devices.mem_request import (
     mem_feature_names,
 )
 from vhostd.devices.mem_standing import Progress, standing
-from vhostd.devices.mem_state import MemState, decode, decode_runs
+from vhostd.devices.mem_state import MemState, decode, decode_lasting, decode_runs
 from vhostd.devices.mem_violations import RUNS_TOLD_MAX
 from vhostd.devices.mem_window import LARGE_GUEST_SIZE, MemOptions
 from vhostd.errors import GuestError
@@ -315,6 +315,22 @@ class Mem:
         blocks.requested_size, blocks.usable_size = state.requested_size, state.usable_size
         blocks.watch.violations = state.violations
         blocks.answers.recent = state.recent
+
+    def lasting(self) -> JsonObject:
+        configured = self.options.requested_size
+        return {"configured": configured, "requested_size": self.requested_size}
+
+    def recall(self, lasting: JsonObject) -> None:
+        state = decode_lasting(lasting)
+        if state.configured != self.options.requested_size:
+            return  # what an operator has written since comes later than what one said before
+        try:
+            self.check_request(state.requested_size)
+        except Refused as error:
+            raise ValueError(str(error)) from error
+        blocks = self._blocks
+        blocks.requested_size = state.requested_size
+        blocks.usable_size = blocks.wanted_usable_size
 
     def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """Sizes in bytes; blocks are [first, count]."""

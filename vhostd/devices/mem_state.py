@@ -27,6 +27,25 @@ class MemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     violations: int
 
 
+class LastingMem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What outlives the host, too; bytes. configured: what the configuration asked for then."""
+
+    configured: int
+    requested_size: int
+
+
+def decode_lasting(lasting: JsonObject) -> LastingMem:
+    """Check what lasted.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return msgspec.convert(lasting, LastingMem)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"not what lasts of a virtio-mem device: {error}") from error
+
+
 def decode(saved: JsonObject, options: MemOptions) -> MemState:
     """Check saved state against the device it is for.
 

@@ -23,7 +23,7 @@ from vhostd.devices.base import (
     MemorySlot,
     Role,
 )
-from vhostd.devices.pmem_state import Failure, decode, encode
+from vhostd.devices.pmem_state import Failure, decode, decode_failure, encode, encode_lasting
 from vhostd.errors import GuestError
 from vhostd.protocol.features import VirtioFeature
 
@@ -237,6 +237,12 @@ class Pmem:
 
     def load(self, saved: JsonObject) -> None:
         self.failure, self._totals = decode(saved)
+
+    def lasting(self) -> JsonObject:
+        return encode_lasting(self.options.file, self.failure)
+
+    def recall(self, lasting: JsonObject) -> None:
+        self.failure = decode_failure(lasting, self.options.file)
 
     @property
     def standing(self) -> str:

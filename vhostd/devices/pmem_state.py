@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from vhostd.devices.base import JsonObject
+
+ERRNO_END: Final = 4096
+"""MAX_ERRNO + 1, include/linux/err.h."""
 
 
 class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,6 +33,38 @@ class PmemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     totals: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
 
 
+class LastingPmem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What outlives the host, too: what went wrong with which image."""
+
+    file: str
+    failure: Failure | None
+
+
+def encode_lasting(file: str, failure: Failure | None) -> JsonObject:
+    """As plain data."""
+    plain: JsonObject = msgspec.to_builtins(LastingPmem(file, failure))
+    return plain
+
+
+def decode_failure(lasting: JsonObject, file: str) -> Failure | None:
+    """The failure that lasted of this image.
+
+    Raises:
+        ValueError: it is nothing of a virtio-pmem device.
+    """
+    try:
+        state = msgspec.convert(lasting, LastingPmem)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"not what lasts of a virtio-pmem device: {error}") from error
+    return _checked(state.failure) if state.file == file else None
+
+
+def _checked(failure: Failure | None) -> Failure | None:
+    if failure is not None and not 0 < failure.error < ERRNO_END:
+        raise ValueError("a saved failure has no errno")
+    return failure
+
+
 def encode(failure: Failure | None, totals: dict[str, int]) -> JsonObject:
     """As plain data."""
     plain: JsonObject = msgspec.to_builtins(PmemState(failure, totals))
@@ -46,6 +81,4 @@ def decode(saved: JsonObject) -> tuple[Failure | None, dict[str, int]]:
         state = msgspec.convert(saved, PmemState)
     except msgspec.ValidationError as error:
         raise ValueError(f"not a virtio-pmem device's saved state: {error}") from error
-    if state.failure is not None and not 0 < state.failure.error < 4096:
-        raise ValueError("a saved failure has no errno")
-    return state.failure, dict(state.totals)
+    return _checked(state.failure), dict(state.totals)
