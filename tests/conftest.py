@@ -14,6 +14,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Long runs of what is random; few repeats are the everyday ones."""
     parser.addoption("--kills", type=int, default=8, help="times QEMU is killed under a disk")
+    parser.addoption("--takeovers", type=int, default=8, help="times vhostd is killed")
+
+
+@pytest.fixture
+def takeovers(request: pytest.FixtureRequest) -> int:
+    """How often to kill vhostd."""
+    found: int = request.config.getoption("--takeovers")
+    return found
 
 
 @pytest.fixture

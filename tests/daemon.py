@@ -23,6 +23,7 @@ import trio
 PROGRAMS = Path(sys.executable).parent
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
+REPLACED_TIMEOUT_S = 60.0
 
 
 class DaemonFailed(Exception):
@@ -81,6 +82,7 @@ class VhostdProcess:
                 # However we end, the daemon ends with us. Not trio's own open_process(): it spawns
                 # from a helper thread, and the signal comes when that thread ends.
                 ["setpriv", "--pdeathsig", "KILL", "--", *command],
+                cwd=folder,  # nothing of this tree is found by chance
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -137,6 +139,29 @@ class VhostdProcess:
             raise DaemonFailed(f"vhostd did not end on SIGTERM:\n{self.log()}")
         if self.process.returncode != 0:
             raise DaemonFailed(f"vhostd exited with {self.process.returncode}:\n{self.log()}")
+
+    @property
+    def worker(self) -> int:
+        """Process id of the daemon itself where it was started with --keep.
+
+        Raises:
+            IndexError: there is none at the moment.
+        """
+        keeper = self.process.pid
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        return int(children[0])  # the spare one is younger
+
+    async def replaced(self, before: int, vm: str) -> None:
+        """Wait until another worker than `before` serves a VM and answers."""
+        with trio.fail_after(REPLACED_TIMEOUT_S):
+            while True:
+                try:
+                    if self.worker != before:
+                        await self.status(vm)
+                        return
+                except (OSError, IndexError, httpx.HTTPError):
+                    pass  # between two daemons, which nothing announces
+                await trio.sleep(0.05)
 
     def log(self) -> str:
         """All it printed so far."""

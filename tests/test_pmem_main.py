@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from struct import unpack
 
@@ -138,7 +138,7 @@ def test_a_missing_image_is_exit_1_with_the_command_that_makes_it(image: Path) -
 
 def test_an_image_too_short_or_in_use_is_exit_1(image: Path) -> None:
     assert refused(image, "--size=66M").startswith(f"has {SIZE} bytes, the device is to have")
-    with open_image(image, SIZE, readonly=False).file:
+    with closing(open_image(image, SIZE, readonly=False)):
         assert refused(image).startswith("another program ")
 
 
@@ -199,7 +199,7 @@ def test_a_guest_gets_the_image_and_flushes_it(image: Path, readonly: bool) -> N
             request.close_fds()
         assert program.terminate() == 0
         assert not program.socket_path.exists()
-    open_image(image, SIZE, readonly=False).file.close()
+    open_image(image, SIZE, readonly=False).close()
 
 
 def test_the_image_is_found_from_where_it_was_started(

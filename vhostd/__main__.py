@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vhostd.errors import ConfigError, VhostdError
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+WATCHDOG_S = 10.0  # as in the systemd units
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,13 +27,31 @@ def cli() -> None:
 @click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
 @click.option("--runtime-dir", type=click.Path(path_type=Path), help="sockets go here")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="what survives a restart")
-def run(config_path: Path, runtime_dir: Path | None, state_dir: Path | None) -> None:
-    """Serve every VM in the configuration file; never daemonizes. SIGTERM ends it."""
-    config = load(config_path, runtime_dir=runtime_dir, state_dir=state_dir)
-    from vhostd import daemon, log  # --help and check-config stay quick
+@click.option("--keep", is_flag=True, help="where systemd does not: restart it when it dies")
+def run(config_path: Path, runtime_dir: Path | None, state_dir: Path | None, keep: bool) -> None:
+    """Serve every VM in the configuration file; never daemonizes. SIGTERM ends it.
 
+    With --keep a parent process keeps what guests need if this one dies, starts it again, and
+    replaces it by a new one on SIGHUP.
+    """
+    if keep:
+        from vhostd.keeper.supervisor import keep as keep_running
+
+        words = [word for word in sys.argv[1:] if word != "--keep"]
+        # -P: not what lies in the directory we happen to be started in.
+        program = [sys.executable, "-P", "-m", "vhostd", *words]
+        sys.exit(keep_running(program, watchdog_s=WATCHDOG_S, spare=True))
+    from vhostd import daemon, log, systemd  # --help and check-config stay quick
+    from vhostd.keeper import spare
+
+    if spare.is_spare(os.environ, os.getpid()):
+        daemon.load_control()  # all of the program: nothing is loaded later
+        passed = spare.wait_for_turn()
+    else:
+        passed = systemd.passed_fds(os.environ, os.getpid())
+    config = load(config_path, runtime_dir=runtime_dir, state_dir=state_dir)
     log.configure(config.log_format)
-    daemon.run(config)
+    daemon.run(config, passed)
 
 
 @cli.command("check-config")

@@ -52,6 +52,12 @@ class VmConfig:
     pmems: tuple[PmemConfig, ...] = ()
 
     @property
+    def device_names(self) -> list[str]:
+        """Of its devices, in the order of `sockets`."""
+        balloon = [] if self.balloon is None else ["balloon"]
+        return balloon + [mem.id for mem in self.mems] + [pmem.id for pmem in self.pmems]
+
+    @property
     def sockets(self) -> list[Path]:
         """Of its devices: the balloon's, those of the memory devices, of the disks; in order."""
         balloon = [] if self.balloon is None else [self.balloon.socket]

@@ -5,107 +5,37 @@ Knows all rooms. Must not know what any of them does inside.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Final, TypeAlias
 
 import trio
 
-from vhostd import __version__, systemd
+from vhostd import __version__, systemd, takeover
 from vhostd.backend.journal import Journal
 from vhostd.backend.vm import Vm
-from vhostd.config import Config, MetricsConfig, VmConfig
+from vhostd.config import DEFAULT_STATE_DIR, Config, MetricsConfig, VmConfig
 from vhostd.control.events import EventStream
-from vhostd.control.interface import DeviceSocket, HintAction, MemoryWindow
-from vhostd.control.server import serve_control
-from vhostd.devices.registry import BALLOON, MEM, PMEM, DeviceKind
+from vhostd.control.interface import VmView
 from vhostd.errors import HostError, VhostdError
+from vhostd.fds import OwnedFd
+from vhostd.handover.fd_store import NoStore
+from vhostd.handover.state_dir import StateDir
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
+from vhostd.served_vm import PausedVm, ServedVm
+from vhostd.takeover import Legacy
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
 
+SETTLE_TIMEOUT_S: Final = 1.0
+"""How long operators wait for VMs that are taken over; an image on hung storage takes longer."""
+
 Source: TypeAlias = Listener | Connection
 """Where a device's VMM comes from."""
-
-
-class ServedVm:
-    """A VM as the control API sees and changes it (control.interface.VmView)."""
-
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
-
-    def status(self) -> dict[str, Any]:
-        """The object of `vhostctl --json status VM`."""
-        return self._vm.status()
-
-    @property
-    def devices(self) -> Sequence[DeviceSocket]:
-        """What a VMM's command line must say about this VM's devices."""
-        config = self._vm.config
-        devices = []
-        if config.balloon is not None:
-            devices.append(_device_socket(BALLOON, "balloon0", config.balloon.socket))
-        for mem in config.mems:
-            window = MemoryWindow(mem.window_address, mem.size, mem.node)
-            devices.append(_device_socket(MEM, mem.id, mem.socket, window))
-        for pmem in config.pmems:
-            image = MemoryWindow(
-                pmem.window_address, pmem.size, pmem.node, pmem.file, readonly=pmem.readonly
-            )
-            window_or_none = image if pmem.mode == "window" else None
-            devices.append(_device_socket(PMEM, pmem.id, pmem.socket, window_or_none))
-        return devices
-
-    async def set_balloon_target(self, size: int) -> None:
-        """Ask the guest to give up `size` bytes. Raises Refused."""
-        self._vm.set_balloon_target(size)
-
-    async def request_statistics(self) -> None:
-        """Ask the guest for its statistics; an event tells when they came. Raises Refused."""
-        self._vm.request_statistics()
-
-    async def balloon_hint(self, action: HintAction) -> None:
-        """Begin or break off a free page hinting round. Raises Refused."""
-        self._vm.balloon_hint(start=action is HintAction.START)
-
-    async def resize_mem(self, device: str | None, size: int) -> str:
-        """Ask the guest to use `size` bytes of a memory device. Raises Refused."""
-        return self._vm.resize_mem(device, size)
-
-    async def flush_pmem(self, device: str | None) -> str:
-        """Make a disk's image durable. Raises Refused."""
-        pmem = self._vm.find_pmem(device)
-        await self._vm.storage_of(pmem).flush()
-        return pmem.options.id
-
-    async def drop_pmem_cache(self, device: str | None) -> dict[str, Any]:
-        """Give the page cache of a disk's image back to the host. Raises Refused."""
-        return await self._vm.storage_of(self._vm.find_pmem(device)).drop_cache()
-
-    async def clear_pmem(self, device: str | None) -> str:
-        """Let flushes of a disk succeed again. Raises Refused."""
-        return await self._vm.clear_pmem(device)
-
-    async def set_memory(self, size: int) -> dict[str, Any]:
-        """Ask for `size` bytes of usable memory. Raises Refused."""
-        return self._vm.set_memory(size)
-
-
-def _device_socket(
-    kind: DeviceKind, identifier: str, path: Path, window: MemoryWindow | None = None
-) -> DeviceSocket:
-    return DeviceSocket(
-        kind=kind.name,
-        id=identifier,
-        path=path,
-        virtio_id=kind.virtio_id,
-        queue_count=kind.queue_count,
-        config_size=kind.config_size,
-        queue_size=kind.queue_size,
-        window=window,
-    )
 
 
 class Daemon:
@@ -115,28 +45,56 @@ class Daemon:
         events: what happens to VMs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, legacy: Legacy | None = None) -> None:
+        """legacy: what a predecessor left."""
+        self._legacy = Legacy() if legacy is None else legacy
         self.events = EventStream()
-        self._registry = MemoryRegistry()
+        self.events.begin_after(self._legacy.last_event)
+        self._registry = MemoryRegistry(self._legacy.store)
         self._limiter = RateLimiter(trio.current_time)
-        self._vms: dict[str, Vm] = {}
+        self._views: dict[str, VmView] = {}
 
-    def vms(self) -> Mapping[str, ServedVm]:
+    def vms(self) -> Mapping[str, VmView]:
         """All VMs by name, in the configuration's order."""
-        return {name: ServedVm(vm) for name, vm in self._vms.items()}
+        return self._views
 
-    def add(self, config: VmConfig, sources: Sequence[Source]) -> Vm:
-        """Take a VM in, whose VMM comes through one source a device; the caller runs it."""
+    def add_all(self, sources: Sequence[tuple[VmConfig, Sequence[Source]]]) -> list[Vm]:
+        """Take VMs in; those that are to be run come back."""
+        vms = []
+        for config, of_vm in sources:
+            why = self._legacy.paused.get(config.name)
+            if why is None:
+                try:
+                    vm = self._new_vm(config, of_vm)
+                except ValueError as error:
+                    why = str(error)
+                    self._legacy.pause(config.name, why)
+                else:
+                    self._views[config.name] = ServedVm(vm)
+                    vms.append(vm)
+                    continue
+            self._views[config.name] = PausedVm(config, why)
+            _leave(of_vm)
+        return vms
+
+    def _new_vm(self, config: VmConfig, sources: Sequence[Source]) -> Vm:
         journal = Journal(config.name, self._limiter, self.events.publish)
-        vm = Vm(config, sources, self._registry, journal)
-        self._vms[vm.name] = vm
-        return vm
+        return Vm(
+            config,
+            sources,
+            self._registry,
+            journal,
+            self._legacy.keeping(config.name),
+            self._legacy.lefts.get(config.name),
+            lambda: self.events.next_id,
+        )
 
 
 async def serve(
     sources: Sequence[tuple[VmConfig, Sequence[Source]]],
     runtime_dir: Path | None,
     metrics: MetricsConfig | None = None,
+    legacy: Legacy | None = None,
 ) -> None:
     """Serve VMs until SIGTERM or SIGINT, or until the last of them has ended.
 
@@ -145,20 +103,33 @@ async def serve(
             here on.
         runtime_dir: where the control sockets go; None: there are none.
         metrics: an extra TCP address for /metrics.
+        legacy: what a predecessor left, and where a successor finds it.
 
     Raises:
         ConfigError, HostError: the control sockets cannot be served. They come in an
             ExceptionGroup, as every nursery's do.
     """
-    daemon = Daemon()
+    legacy = Legacy() if legacy is None else legacy
+    daemon = Daemon(legacy)
     log = get_logger()
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            vms = [daemon.add(config, of_vm) for config, of_vm in sources]
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
+            vms = daemon.add_all(sources)
+            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, legacy, sources)
+            run_vms = partial(_run_vms, vms, bool(legacy.paused), nursery.cancel_scope)
+            if legacy.lefts:
+                # Before all else: a VMM that waits for an answer of a predecessor stands still.
+                nursery.start_soon(run_vms)
+                with trio.move_on_after(SETTLE_TIMEOUT_S):
+                    for vm in vms:
+                        await vm.settled.wait()
             if runtime_dir is not None:
+                from vhostd.control.server import serve_control  # see load_control()
+
                 await nursery.start(serve_control, daemon, runtime_dir, metrics)
-            nursery.start_soon(_run_vms, vms, nursery.cancel_scope)
+            if not legacy.lefts:
+                nursery.start_soon(run_vms)
+            nursery.start_soon(_feed_watchdog)
             log.info(LogEvent.DAEMON_STARTED, version=__version__, vms=len(vms))
             _tell_service_manager("READY=1", f"STATUS=serving {len(vms)} VMs")
             await trio.sleep_forever()
@@ -173,27 +144,65 @@ def _tell_service_manager(*assignments: str) -> None:
         get_logger().error(LogEvent.HOST_ERROR, error=f"service manager: {error}")
 
 
-async def _run_vms(vms: Sequence[Vm], scope: trio.CancelScope) -> None:
+async def _run_vms(vms: Sequence[Vm], stay: bool, scope: trio.CancelScope) -> None:
     async with trio.open_nursery() as nursery:
         for vm in vms:
             nursery.start_soon(vm.run)
+        if stay:
+            nursery.start_soon(trio.sleep_forever)
     scope.cancel()
 
 
-async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _stop_on_signal(
+    signals: AsyncIterator[int],
+    scope: trio.CancelScope,
+    legacy: Legacy,
+    sources: Sequence[tuple[VmConfig, Sequence[Source]]],
+) -> None:
     async for number in signals:
         get_logger().info(LogEvent.DAEMON_STOPPING, signal=signal.Signals(number).name)
         _tell_service_manager("STOPPING=1")
+        if not isinstance(legacy.store, NoStore):
+            legacy.leave()
+            for _, of_vm in sources:
+                _leave(of_vm)
         scope.cancel()
 
 
-def run(config: Config) -> None:
+def _leave(sources: Sequence[Source]) -> None:
+    """Have a successor's paths stay when we close."""
+    for source in sources:
+        if isinstance(source, Listener):
+            source.leave_path()
+
+
+async def _feed_watchdog() -> None:
+    interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
+    if interval_s is None:
+        return
+    while True:
+        _tell_service_manager("WATCHDOG=1")
+        await trio.sleep(interval_s / 2)
+
+
+def load_control() -> None:
+    """Load the control API now. It takes as long as all else together, so a take-over does not."""
+    import vhostd.control.server  # noqa: F401
+
+
+def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
     """Serve what a configuration file describes, until a signal ends it.
+
+    passed: descriptors a service manager kept of a predecessor, by name; ours from here on.
 
     Raises:
         ConfigError, HostError: it cannot be served; the text is for the operator.
     """
     sources: list[tuple[VmConfig, list[Source]]] = []
+    if not passed:
+        load_control()  # who finds a device's socket finds the control socket, too
+    state_dir = StateDir.open(config.state_dir, make=config.state_dir != DEFAULT_STATE_DIR)
+    legacy = takeover.inherit(list(config.vms.values()), state_dir, passed)
     try:
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
@@ -202,9 +211,11 @@ def run(config: Config) -> None:
         for vm in config.vms.values():
             listeners: list[Source] = []
             sources.append((vm, listeners))
-            for socket in vm.sockets:
-                listeners.append(Listener.bind(socket))  # noqa: PERF401  # closed one by one
-        run_to_end(sources, config.runtime_dir, config.metrics)
+            if vm.name in legacy.paused:
+                continue
+            for name, socket in zip(vm.device_names, vm.sockets, strict=True):
+                listeners.append(legacy.listener(vm, name, socket))  # closed one by one
+        run_to_end(sources, config.runtime_dir, config.metrics, legacy)
     finally:
         for _, of_vm in sources:
             for source in of_vm:
@@ -215,6 +226,7 @@ def run_to_end(
     sources: Sequence[tuple[VmConfig, Sequence[Source]]],
     runtime_dir: Path | None,
     metrics: MetricsConfig | None = None,
+    legacy: Legacy | None = None,
 ) -> None:
     """serve() in an event loop of its own.
 
@@ -222,7 +234,7 @@ def run_to_end(
         ConfigError, HostError: as serve(), without a group around it.
     """
     try:
-        trio.run(serve, sources, runtime_dir, metrics)
+        trio.run(serve, sources, runtime_dir, metrics, legacy)
     except* VhostdError as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):

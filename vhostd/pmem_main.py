@@ -48,7 +48,7 @@ def cli(
     def config(path: Path) -> VmConfig:
         pmem = pmem_from_options("vhostd-pmem", "pmem0", path, {**options, "file": str(image)})
         # What is wrong with it should be said now and not when the VMM comes.
-        open_image(image, pmem.size, readonly=pmem.readonly).file.close()
+        open_image(image, pmem.size, readonly=pmem.readonly).close()
         return VmConfig(VM_NAME, pmems=(pmem,))
 
     single.serve(config, socket_path, fd, runtime_dir)

@@ -101,6 +101,8 @@ def serve(
     from vhostd.transport.listener import Listener, from_passed_fd
 
     log.configure()
+    if runtime_dir is not None:
+        daemon.load_control()  # before anybody sees the device's socket
     # First: whoever sees the socket may connect, and nothing but a VMM's end closes it again.
     config = make_config((socket_path or NO_PATH).absolute())
     source: Listener | Connection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from struct import unpack
 from typing import Any
@@ -102,7 +103,7 @@ async def test_a_missing_image_turns_the_vmm_away_and_one_made_later_does_not(
 async def test_an_image_in_use_turns_the_vmm_away_until_it_is_free(tmp_path: Path) -> None:
     pmem = disk(tmp_path)
     async with serving(pmem) as disks:
-        with open_image(pmem.file, SIZE, readonly=False).file:
+        with closing(open_image(pmem.file, SIZE, readonly=False)):
             assert await turned_away(pmem)
             await until(lambda: "another program" in disks.status()["standing"])
         async with guest_on(pmem):
@@ -132,7 +133,7 @@ async def test_nothing_of_a_connection_is_left_and_its_flushes_are_still_counted
             status = disks.status()
             assert (status["flushes"], status["syncs"]) == (round_, 0)
             assert (status["mapped"], status["cached"]) == (False, None)
-            open_image(pmem.file, SIZE, readonly=False).file.close()
+            open_image(pmem.file, SIZE, readonly=False).close()
             if round_ == 1:
                 leak = no_leak()
                 leak.__enter__()

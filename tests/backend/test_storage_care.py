@@ -25,6 +25,7 @@ from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Refused
 from vhostd.devices.pmem import Pmem, PmemOptions
 from vhostd.fds import OwnedFd
+from vhostd.handover.fd_store import DeviceKeeping, NoStore
 from vhostd.images.image_file import ImageState, ImageUnusable
 from vhostd.log import LogEvent, RateLimiter
 from vhostd.memory.registry import MemoryRegistry
@@ -122,7 +123,9 @@ class Rig:
         )
         registry = MemoryRegistry()
         requests = BackendRequests(journal)
-        effects = EffectPerformer(self.native, requests, NoHostWork(), self.stops.append, journal)
+        effects = EffectPerformer(
+            self.native, requests, NoHostWork(), self.stops.append, lambda: None, journal
+        )
         memory = DeviceMemory("web", registry, worker, self.native)
         self.storage = Storage(
             self.device,
@@ -134,6 +137,7 @@ class Rig:
             self.stops.append,
             os.getpid(),
             effects.perform,
+            DeviceKeeping(NoStore(), "web", device.options.id),
             journal,
         )
 

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,8 +70,8 @@ def run(*command: str) -> str:
 
 @pytest.mark.parametrize("readonly", [False, True])
 def test_an_image_is_opened_as_it_is_to_be_used(image: Path, readonly: bool) -> None:
-    with no_leak(), (opened := open_image(image, SIZE, readonly=readonly)).file as file:
-        status = image.stat()
+    with no_leak(), closing(open_image(image, SIZE, readonly=readonly)) as opened:
+        status, file = image.stat(), opened.file
         assert opened.identity == (status.st_dev, status.st_ino)
         assert (opened.path, opened.file_size, opened.locked) == (image, SIZE, True)
         assert not os.get_inheritable(file.fileno())
@@ -84,15 +84,15 @@ def test_an_image_is_opened_as_it_is_to_be_used(image: Path, readonly: bool) -> 
 
 
 def test_an_image_may_be_larger_than_its_device(image: Path) -> None:
-    with (opened := open_image(image, SIZE // 2, readonly=False)).file:
+    with closing(open_image(image, SIZE // 2, readonly=False)) as opened:
         assert opened.file_size == SIZE
 
 
 def test_a_link_leads_to_its_image(image: Path, tmp_path: Path) -> None:
     path = tmp_path / "link.img"
     path.symlink_to(image)
-    with (opened := open_image(path, SIZE, readonly=False)).file as file:
-        assert link(file.fileno()) == str(image)
+    with closing(open_image(path, SIZE, readonly=False)) as opened:
+        assert link(opened.file.fileno()) == str(image)
         assert opened.identity[1] == image.stat().st_ino
 
 
@@ -101,8 +101,8 @@ def test_a_block_device_is_an_image(image: Path) -> None:
         pytest.skip("only root makes block devices")
     path = Path(run("losetup", "--find", "--show", str(image)))
     try:
-        with open_image(path, SIZE, readonly=False).file as file:
-            state = look_at(file)
+        with closing(open_image(path, SIZE, readonly=False)) as opened:
+            state = look_at(opened.file)
             assert (state.file_size, state.allocated, state.free) == (SIZE, SIZE, None)
             assert not state.removed
             refused(path)
@@ -132,7 +132,7 @@ def test_an_image_too_short_comes_with_the_command_that_enlarges_it(image: Path)
     assert f"has {SIZE - 1} bytes, the device is to have {SIZE}" in text
     assert f"truncate -s {SIZE} {image}" in text
     run("truncate", "-s", str(SIZE), str(image))
-    open_image(image, SIZE, readonly=False).file.close()
+    open_image(image, SIZE, readonly=False).close()
 
 
 def make_fifo(path: Path) -> None:
@@ -191,7 +191,8 @@ def test_a_file_out_of_reach_is_refused_with_the_reason(
 
 
 def test_what_becomes_of_an_open_image_is_seen(image: Path) -> None:
-    with open_image(image, SIZE, readonly=False).file as file:
+    with closing(open_image(image, SIZE, readonly=False)) as opened:
+        file = opened.file
         state = look_at(file)
         assert (state.file_size, state.allocated, state.removed) == (SIZE, 0, False)
         filesystem = os.statvfs(image)
@@ -236,7 +237,7 @@ def test_a_new_image_is_sparse_all_zero_and_can_be_served(path: Path) -> None:
     assert (status.st_size, status.st_blocks) == (64 * MiB, 0)
     assert stat.S_IMODE(status.st_mode) & 0o007 == 0, "a guest's disk is not for everybody"
     assert not any(path.read_bytes()[:: 1 << 12])
-    open_image(path, 64 * MiB, readonly=False).file.close()
+    open_image(path, 64 * MiB, readonly=False).close()
 
 
 def test_a_preallocated_image_has_its_room_already(path: Path) -> None:

@@ -119,7 +119,8 @@ async def test_closing_leaves_a_path_that_is_somebody_elses(tmp_path: Path) -> N
 async def test_a_path_can_be_left_to_a_successor(tmp_path: Path) -> None:
     listener = Listener.bind(tmp_path / "s")
     kept = os.dup(listener.fileno())
-    listener.leave()
+    listener.leave_path()
+    listener.close()
 
     successor = from_passed_fd(kept)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from vhostd.backend.storage import StoragePolicy
 from vhostd.config_devices import BalloonConfig, MemConfig, PmemConfig
 from vhostd.devices.balloon import Balloon
 from vhostd.devices.balloon_features import BalloonOptions
-from vhostd.devices.base import GuestRange
+from vhostd.devices.base import Device, GuestRange, Refused
 from vhostd.devices.mem import Mem
 from vhostd.devices.mem_violations import OnViolation
 from vhostd.devices.mem_window import MemOptions
 from vhostd.devices.pmem import Pmem, PmemMode, PmemOptions
+
+AnyDevice = TypeVar("AnyDevice", bound=Device)
 
 
 def balloon_of(config: BalloonConfig, windows: Sequence[GuestRange] = ()) -> Balloon:
@@ -71,3 +74,20 @@ def policy_of(config: PmemConfig) -> StoragePolicy:
     return StoragePolicy(
         config.writeback_limit, config.cold_cache_s, sequential=config.readahead == "sequential"
     )
+
+
+def find(owner: str, kind: str, devices: Mapping[str, AnyDevice], device: str | None) -> AnyDevice:
+    """A device by its id, or the only one.
+
+    Raises:
+        Refused: there is none of that id, or several to choose from.
+    """
+    names = ", ".join(devices)
+    if device is None:
+        if len(devices) == 1:
+            return next(iter(devices.values()))
+        has = f"several: choose one of {names}" if devices else "none"
+        raise Refused(f"which {kind}? {owner} has {has}")
+    if device not in devices:
+        raise Refused(f"{owner} has no {kind} {device!r}; it has {names or 'none'}")
+    return devices[device]

@@ -6,27 +6,29 @@ the step says, the reply goes out. Must not know what any message means.
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
 
 import trio
 
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
+from vhostd.backend.chains import ChainServer
 from vhostd.backend.effects import EffectPerformer, HostWork
+from vhostd.backend.left import Left
 from vhostd.backend.memory_table import DeviceMemory
 from vhostd.backend.performer import ActionPerformer
-from vhostd.backend.rings import CONTROL_HANDLERS, HANDLER_OF, Rings
+from vhostd.backend.rings import Rings
 from vhostd.backend.storage import Storage, StoragePolicy
 from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.window import NoHostWork, Window
 from vhostd.backend.worker import VmWorker
-from vhostd.devices.base import Chain, Device, MemorySlot, Role
+from vhostd.devices.base import Device, MemorySlot, Role
 from vhostd.devices.mem import Mem
 from vhostd.devices.pmem import Pmem
-from vhostd.errors import FrontendError, GuestError, HostError
+from vhostd.errors import FrontendError, HostError
+from vhostd.handover.fd_store import DeviceKeeping
+from vhostd.handover.vm_record import Owed
 from vhostd.images.image_file import ImageUnusable
 from vhostd.log import LogEvent
 from vhostd.protocol.features import protocol_features_for
@@ -37,20 +39,6 @@ from vhostd.session.state import SessionState
 from vhostd.transport.connection import Connection
 from vhostd.transport.stream import Disconnected
 
-NO_COUNTERS: Final = _native.BalloonCounters().as_dict()
-"""What the counters are while no VMM is connected."""
-
-NO_COUNTS: Final = {
-    "messages_refused": 0,
-    "chains_refused": 0,
-    "config_changes": 0,
-    "config_reads": 0,
-    "config_writes": 0,
-}
-
-CHAINS_PER_TURN_MAX: Final = 64
-"""Chains of one queue that Python serves before other queues, VMs and timers get their turn."""
-
 
 class DeviceConnection:
     """Everything that exists for one connection, and no longer than it.
@@ -60,35 +48,47 @@ class DeviceConnection:
         requests: what is asked of the VMM.
         storage: the device's image, if it has one.
         messages_refused: requests of the VMM that were refused.
+        resumed: a predecessor served it.
+        left_alone: it could not be taken over; whoever keeps its socket goes on keeping it.
     """
 
     def __init__(
         self,
+        name: str,
         connection: Connection,
         device: Device,
         worker: VmWorker,
         shared: Surroundings,
+        kept: DeviceKeeping,
         policy: StoragePolicy | None = None,
+        left: Left | None = None,
+        settled: trio.Event | None = None,
     ) -> None:
-        """policy: of a device with an image."""
+        """Serve a VMM that has just connected, or one that a predecessor served.
+
+        Args:
+            name: of the device; kept: where a successor finds its descriptors.
+            policy: of a device with an image.
+            left: what a predecessor left of this connection.
+            settled: to be set once that was used.
+
+        Raises:
+            OSError: no memory or descriptor, or what was left is of no use.
+        """
+        self.name = name
         self._connection = connection
+        self._shared = shared
+        self._kept = kept
+        self._left = left
+        self._settled = trio.Event() if settled is None else settled
+        self._owed = None if left is None else left.record.owed
+        self._sequence = 0 if self._owed is None else self._owed.sequence
         self._device = device
         self._worker = worker
         journal = self._journal = shared.journal
-        self._native = _native.Device(
-            device.queue_count, device.config_size, device.config_writable
-        )
-        self._native.publish_config(0, device.config())
+        self._native = _new_native(device) if left is None else left.native(device)
         self._machine = SessionMachine(
-            Offer(
-                device.offered_features,
-                device.queue_count,
-                device.config_size,
-                protocol_features_for(
-                    shmem=bool(device.shmem_region_sizes), memory_slots=shared.memory_slots
-                ),
-                tuple(device.shmem_region_sizes),
-            )
+            _offer(device, shared), None if left is None else left.session
         )
         self._rings = Rings(self._native, device.queue_count)
         self.requests = BackendRequests(journal)
@@ -98,26 +98,18 @@ class DeviceConnection:
         if isinstance(device, Mem):
             host_work = self._window = Window(device, memory, journal)
         self.effects = EffectPerformer(
-            self._native, self.requests, host_work, shared.stop_vm, journal
+            self._native, self.requests, host_work, shared.stop_vm, self.commit, journal
         )
         self.storage = None
         if isinstance(device, Pmem):
             self.storage = self._new_storage(device, policy or StoragePolicy(), shared)
-        self._performer = ActionPerformer(
-            worker,
-            self._native,
-            device,
-            memory,
-            self._rings,
-            self.requests,
-            self.effects,
-            self.storage,
-            connection.fileno(),
-        )
+        self._performer = self._new_performer(device, memory)
         self._socket_needs_us = trio.Event()
-        self._chains_left = trio.Event()
+        self._chains = ChainServer(device, self._native, self.effects, self._roles, journal)
         self._faults_told: set[int] = set()
         self.messages_refused = 0
+        self.resumed = left is not None
+        self.left_alone = False
 
     def _new_storage(self, device: Pmem, policy: StoragePolicy, shared: Surroundings) -> Storage:
         return Storage(
@@ -130,7 +122,32 @@ class DeviceConnection:
             shared.stop_vm,
             self._connection.peer_pid,
             self.effects.perform,
+            self._kept,
             shared.journal,
+        )
+
+    def _new_performer(self, device: Device, memory: DeviceMemory) -> ActionPerformer:
+        return ActionPerformer(
+            self._worker,
+            self._native,
+            device,
+            memory,
+            self._rings,
+            self.requests,
+            self.effects,
+            self.storage,
+            self._kept,
+            self._connection.fileno(),
+        )
+
+    def _roles(self) -> Mapping[int, Role]:
+        return self._device.roles(self._performer.features, self._rings.started)
+
+    def commit(self) -> None:
+        """Record what the device and the session have become."""
+        shared = self._shared
+        shared.keeping.commit(
+            self.name, self._device, self._machine.state, self._owed, shared.next_event()
         )
 
     @property
@@ -164,7 +181,7 @@ class DeviceConnection:
         return self._native.balloon_counters().as_dict()
 
     def counts(self) -> dict[str, int]:
-        """What else was counted on this connection, by the names of NO_COUNTS."""
+        """What else was counted on this connection, by the names of vm_status.NO_COUNTS."""
         reads, writes = self._native.config_counters()
         return {
             "messages_refused": self.messages_refused,
@@ -176,7 +193,7 @@ class DeviceConnection:
 
     def queues(self) -> dict[str, dict[str, int]]:
         """Counters of every started queue, by its role, or its index while that is not known."""
-        roles = self._device.roles(self._performer.features, self._rings.started)
+        roles = self._roles()
         return {
             roles[index].value if index in roles else str(index): self._native.ring_statistics(
                 index
@@ -192,12 +209,23 @@ class DeviceConnection:
                 async with self._image_open():
                     await self._serve()
             except ImageUnusable as error:
-                self._refuse_vmm(error)
+                assert self.storage is not None, "only these have an image"
+                self.storage.refuse(error)
+            except (FrontendError, OSError) as error:
+                # Of a take-over; what a VMM does wrong later is told where its messages are served.
+                self.left_alone = True
+                self._journal.log.error(
+                    LogEvent.NOT_TAKEN_OVER,
+                    device=self.name,
+                    error=str(error),
+                    consequence="nobody serves it; restart vhostd to try again, or the VM",
+                )
             finally:
+                self._settled.set()
                 with trio.CancelScope(shield=True):
                     await self._worker.detach(self._native)
         finally:
-            self._forget_driver()
+            self._device.on_disconnected()
             self._performer.close()
             self._native.close()
             self._connection.close()
@@ -207,16 +235,24 @@ class DeviceConnection:
         if self.storage is None:
             yield
             return
-        async with self.storage.opened(self._worker):
+        async with self.storage.opened(self._worker, self._left):
             yield
 
     async def _serve(self) -> None:
         async with self._worker.parked():
             self._native.set_socket(self._connection.fileno())
+        self._kept.keep("connection", self._connection.fileno())
+        self._kept.keep("shared", self._native.shared_fd)
+        self._kept.keep("reply", self._native.reply_fd)
+        if self._left is not None:
+            await self._resume(self._left)
+        else:
+            self.commit()
+        self._settled.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.requests.run)
             nursery.start_soon(self._keep_time)
-            nursery.start_soon(self._serve_chains_left)
+            nursery.start_soon(self._chains.serve_left)
             if self._window is not None:
                 nursery.start_soon(self._window.run, self.effects.perform)
             if self.storage is not None:
@@ -224,17 +260,23 @@ class DeviceConnection:
             await self._serve_messages()
             nursery.cancel_scope.cancel()
 
-    def _refuse_vmm(self, error: ImageUnusable) -> None:
-        self._journal.log.error(
-            LogEvent.IMAGE_UNUSABLE, error=str(error), consequence="the VMM was turned away"
-        )
-        self._journal.publish(LogEvent.IMAGE_UNUSABLE, {"error": str(error)})
-        assert isinstance(self._device, Pmem), "only these have an image"
-        self._device.refused_image = str(error)
+    async def _resume(self, left: Left) -> None:
+        """Go on where a predecessor stopped.
 
-    def _forget_driver(self) -> None:
-        # There is nobody left to perform effects for: only what the device itself knows changes.
-        self._device.on_disconnected()
+        Raises:
+            FrontendError, HostError, OSError: it can't be.
+        """
+        await self._performer.resume(self._machine.state, left)
+        owed = self._owed
+        if owed is not None and owed.sequence not in self._native.reply_numbers:
+            # Recorded, and then death came before the worker's memory said so too.
+            await self._finish_reply()
+            self._native.prepare_reply(owed.sequence, owed.request_size, owed.reply)
+        await self._finish_reply()
+
+    async def _finish_reply(self) -> None:
+        while not self._native.finish_reply():
+            await self._connection.wait_writable()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -278,8 +320,15 @@ class DeviceConnection:
                 "refused", LogEvent.FRONTEND_ERROR, message=message.name, error=str(refusal)
             )
         self._faults_told &= self._rings.started
-        if reply is not None:
-            await self._connection.send(reply)
+        await self._answer(b"" if reply is None else reply.data)
+
+    async def _answer(self, reply: bytes) -> None:
+        self._sequence += 1
+        self._owed = Owed(self._sequence, self._connection.unread_size, reply)
+        self.commit()
+        self._performer.forget_obsolete()
+        self._native.prepare_reply(self._sequence, self._owed.request_size, reply)
+        await self._finish_reply()
 
     # -- what the native worker reports --------------------------------------------------------
 
@@ -289,53 +338,13 @@ class DeviceConnection:
         if events & _native.Event.CONFIG:
             self.effects.perform(self._device.on_config_written(self._native.read_config()))
         if events & _native.Event.CHAINS:
-            self._serve_chains()
+            self._chains.serve()
         if events & _native.Event.FAULT:
             self._tell_faults()
         if events & _native.Event.HOST_ERROR:
             self._tell_discard_errors()
         if events & _native.Event.FLUSH_FAILED and self.storage is not None:
             self.effects.perform(self.storage.on_flush_failed())
-
-    def _serve_chains(self) -> None:
-        roles = self._device.roles(self._performer.features, self._rings.started)
-        for index, role in roles.items():
-            if HANDLER_OF[role] in CONTROL_HANDLERS:
-                self._serve_queue(index, role)
-
-    def _serve_queue(self, index: int, role: Role) -> None:
-        for _ in range(CHAINS_PER_TURN_MAX):
-            taken = self._native.take_chain(index)
-            if taken is None:
-                return
-            chain = Chain(
-                queue_index=index,
-                role=role,
-                token=taken.token,
-                position=taken.position,
-                data=taken.data,
-                readable_size=taken.readable_size,
-                writable_count=taken.writable_count,
-                writable_size=taken.writable_size,
-                writable_addr=taken.writable_addr,
-            )
-            try:
-                effects = self._device.on_chain(chain, time.time())
-            except GuestError as error:
-                self.effects.refuse_chain(chain)
-                self._journal.guest_caused(
-                    (index, "chain"), LogEvent.CHAIN_REJECTED, queue=index, error=str(error)
-                )
-            else:
-                self.effects.perform(effects)
-        self._chains_left.set()
-
-    async def _serve_chains_left(self) -> None:
-        while True:
-            await self._chains_left.wait()
-            self._chains_left = trio.Event()
-            self._serve_chains()
-            await trio.lowlevel.checkpoint()
 
     def _tell_faults(self) -> None:
         for index, fault in self.faults.items():
@@ -369,3 +378,21 @@ class DeviceConnection:
             beat_s = max(beat_s + interval_s, trio.current_time())
             await trio.sleep_until(beat_s)
             self.effects.perform(self._device.on_timer())
+
+
+def _new_native(device: Device) -> _native.Device:
+    native = _native.Device(device.queue_count, device.config_size, device.config_writable)
+    native.publish_config(0, device.config())
+    return native
+
+
+def _offer(device: Device, shared: Surroundings) -> Offer:
+    return Offer(
+        device.offered_features,
+        device.queue_count,
+        device.config_size,
+        protocol_features_for(
+            shmem=bool(device.shmem_region_sizes), memory_slots=shared.memory_slots
+        ),
+        tuple(device.shmem_region_sizes),
+    )

@@ -39,12 +39,15 @@ class EffectPerformer:
         requests: BackendRequests,
         host_work: HostWork,
         stop_vm: Callable[[str], None],
+        commit: Callable[[], None],
         journal: Journal,
     ) -> None:
+        """commit: records what the device has become, before anybody learns of it."""
         self._native: Final = native
         self._requests = requests
         self._host_work = host_work
         self._stop_vm = stop_vm
+        self._commit = commit
         self._journal = journal
         self.chains_refused = 0
         self._by_type: dict[type[Effect], Callable[..., None]] = {
@@ -62,6 +65,8 @@ class EffectPerformer:
 
     def perform(self, effects: Effects) -> None:
         """Do all of them, in order. ResetDataPlane needs the worker parked."""
+        if effects:
+            self._commit()
         for effect in effects:
             self._by_type[type(effect)](effect)
 

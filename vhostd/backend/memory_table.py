@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from vhostd.errors import FrontendError, HostError
 from vhostd.memory.registry import HeldRegion, ImageRegion, MemoryRegistry, RegionRequest
 from vhostd.protocol.wire import MemoryRegion
 from vhostd.session.actions import FileIdentity, RegionSource
+from vhostd.session.state import GuestRegion
 
 
 class Parkable(Protocol):
@@ -110,6 +112,21 @@ class DeviceMemory:
             FileIdentity(slots[source.region].device, slots[source.region].inode)
             for source in sources
         )
+
+    async def resume(self, regions: Sequence[GuestRegion]) -> None:
+        """Make a predecessor's table ours; its files are mapped already, or disk images.
+
+        Raises:
+            FrontendError, HostError: it can't be.
+        """
+        slots: dict[MemoryRegion, HeldRegion | ImageRegion] = {}
+        for region in regions:
+            identity = (region.device, region.inode)
+            slots[region.announced] = self._registry.hold_known(
+                self._vm_name, identity, region.guest_addr, region.size, region.file_offset
+            ) or ImageRegion(identity)
+        await self._install(slots)
+        self._slots = slots
 
     async def _install(self, slots: dict[MemoryRegion, HeldRegion | ImageRegion]) -> None:
         async with self._worker.parked():

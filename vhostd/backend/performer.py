@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
 from vhostd.backend.effects import EffectPerformer
+from vhostd.backend.left import Left
 from vhostd.backend.memory_table import DeviceMemory
 from vhostd.backend.rings import Rings
 from vhostd.backend.storage import Storage
@@ -20,9 +21,13 @@ from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Device
 from vhostd.errors import FrontendError
 from vhostd.fds import OwnedFd
+from vhostd.handover.fd_store import DeviceKeeping
+from vhostd.protocol.features import ProtocolFeature, VirtioFeature
 from vhostd.protocol.wire import Log
 from vhostd.session import actions
 from vhostd.session.actions import Action, Outcome
+from vhostd.session.ring_layout import set_up
+from vhostd.session.state import SessionState
 from vhostd.transport.backend_channel import BackendChannel
 
 
@@ -44,6 +49,7 @@ class ActionPerformer:
         requests: BackendRequests,
         effects: EffectPerformer,
         storage: Storage | None,
+        kept: DeviceKeeping,
         connection_fd: int,
     ) -> None:
         self._worker = worker
@@ -54,9 +60,11 @@ class ActionPerformer:
         self._requests = requests
         self._effects = effects
         self._storage = storage
+        self._kept = kept
         self._connection_fd = connection_fd
         self._log: _native.Log | None = None
         self._logging = False
+        self._obsolete: list[str] = []
         self._fresh_driver = False
         self.features = 0
         self.started = False
@@ -88,6 +96,63 @@ class ActionPerformer:
         """
         return await self._by_type[type(action)](action)
 
+    async def resume(self, state: SessionState, left: Left) -> None:
+        """Go on where a predecessor stopped.
+
+        Raises:
+            FrontendError, HostError, OSError: it can't be; close() lets go of what was done.
+        """
+        # What the guest wrote while nobody listened comes first, then what only we may write.
+        config = self._native.read_config()
+        self._effects.perform(self._device.on_config_written(config))
+        ours = zip(self._device.config(), config, self._device.config_writable, strict=True)
+        mixed = bytes(new & ~mask & 0xFF | old & mask for new, old, mask in ours)
+        self._native.publish_config(0, mixed)
+        channel = left.channel(reply_ack=ProtocolFeature.REPLY_ACK in state.acked)
+        if channel is not None:
+            self._kept.adopt("channel", "outbox")
+            self._requests.use(channel)
+        self._native.configure_socket(
+            ProtocolFeature.CONFIG in state.acked, ProtocolFeature.REPLY_ACK in state.acked
+        )
+        await self._memory.resume(state.regions)
+        if state.features_settled:
+            self.features = state.features
+            self._logging = state.has(VirtioFeature.LOG_ALL)
+            self._effects.perform(self._device.on_features(state.features))
+        if state.log is not None and (file := left.take("log")) is not None:
+            log = Log(state.log.size, state.log.file_offset)
+            await self._set_log(actions.SetLog(log, file))
+        async with self._worker.parked():
+            self._resume_rings(state, left)
+        self._effects.perform(self._device.on_memory(self._memory.slots))
+        if self._storage is not None:
+            self._effects.perform(self._storage.on_memory())
+        if state.device_started:
+            await self._device_started(actions.DeviceStarted())
+            # What the driver was to be told may have been lost; once more does no harm.
+            self._requests.want_config_change()
+
+    def _resume_rings(self, state: SessionState, left: Left) -> None:
+        for index, ring in enumerate(state.rings):
+            setup = set_up(state, index, ring) if ring.started else None
+            held = {"kick": ring.kick, "call": ring.call, "err": ring.err}
+            files = [left.take(f"{role}.{index}") if has else None for role, has in held.items()]
+            for role, file in zip(("kick", "call", "err"), files, strict=True):
+                if file is not None:
+                    self._kept.adopt(f"{role}.{index}")
+            self._rings.resume(index, setup, *files)
+        self._rings.assign(self._device.roles(self.features, self._rings.started))
+        for index, ring in enumerate(state.rings):
+            if ring.live and index in self._rings.started:
+                self._rings.enable(index, enabled=True)
+
+    def forget_obsolete(self) -> None:
+        """Now that this is recorded, a successor needs them no more."""
+        for role in self._obsolete:
+            self._kept.forget(role)
+        self._obsolete.clear()
+
     def close(self) -> None:
         """Let go of everything; the native device is detached."""
         self._requests.use(None)
@@ -112,6 +177,7 @@ class ActionPerformer:
         old, self._log = self._log, log
         if old is not None:
             old.close()
+        self._kept.keep("log", action.file.fileno())
         action.file.close()
 
     async def _set_logging(self, action: actions.SetLogging) -> None:
@@ -124,6 +190,7 @@ class ActionPerformer:
     async def _start_ring(self, action: actions.StartRing) -> None:
         async with self._worker.parked():
             self._rings.start(action.setup, action.kick)
+            self._kept.keep(f"kick.{action.setup.index}", action.kick.fileno())
             if not self.started:
                 self._fresh_driver |= action.evidence.fresh_driver
             self._rings.assign(self._device.roles(self.features, self._rings.started))
@@ -133,10 +200,14 @@ class ActionPerformer:
     async def _restart_ring(self, action: actions.RestartRing) -> None:
         async with self._worker.parked():
             self._rings.restart(action.setup, action.kick)
+        if action.kick is not None:
+            self._kept.keep(f"kick.{action.setup.index}", action.kick.fileno())
 
     async def _stop_ring(self, action: actions.StopRing) -> Outcome:
         async with self._worker.parked():
-            return self._rings.stop(action.index)
+            position = self._rings.stop(action.index)
+        self._obsolete += [f"kick.{action.index}", f"call.{action.index}"]
+        return position
 
     async def _enable_ring(self, action: actions.EnableRing) -> None:
         async with self._worker.parked():
@@ -156,10 +227,18 @@ class ActionPerformer:
     async def _set_ring_call(self, action: actions.SetRingCall) -> None:
         async with self._worker.parked():
             self._rings.set_call(action.index, action.file)
+        self._keep_or_forget(f"call.{action.index}", action.file)
 
     async def _set_ring_err(self, action: actions.SetRingErr) -> None:
         async with self._worker.parked():
             self._rings.set_err(action.index, action.file)
+        self._keep_or_forget(f"err.{action.index}", action.file)
+
+    def _keep_or_forget(self, role: str, file: OwnedFd | None) -> None:
+        if file is None:
+            self._kept.forget(role)
+        else:
+            self._kept.keep(role, file.fileno())
 
     # -- config space and back-end channel -----------------------------------------------------
 
@@ -167,6 +246,9 @@ class ActionPerformer:
         channel = BackendChannel.adopt(
             action.file, reply_ack=action.reply_ack, connection_fd=self._connection_fd
         )
+        # In this order: what was begun on another channel must not go on here.
+        self._kept.keep("outbox", channel.outbox_fd)
+        self._kept.keep("channel", channel.fileno())
         self._requests.use(channel)
 
     async def _configure_config_space(self, action: actions.ConfigureConfigSpace) -> None:

@@ -97,6 +97,31 @@ class Rings:
         self._eventfds[setup.index].kick = kick
         self.started.add(setup.index)
 
+    def resume(
+        self,
+        index: int,
+        setup: RingSetup | None,
+        kick: OwnedFd | None,
+        call: OwnedFd | None,
+        err: OwnedFd | None,
+    ) -> None:
+        """Go on with a predecessor's ring. Parked.
+
+        setup: of a started ring, None for another; its position is stale.
+
+        Raises:
+            FrontendError, HostError: it can't be; its descriptors are ours all the same.
+        """
+        self._eventfds[index] = _Eventfds(kick, call, err)
+        if setup is None:
+            return
+        self._handlers[index] = _native.Handler.NONE
+        native = self._native_setup(setup, kick, setup.position)
+        with _refusing(f"ring {index}"):
+            position = self._device.resume_ring(index, native)
+        self._setups[index] = replace(native, position=position)
+        self.started.add(index)
+
     def restart(self, setup: RingSetup, kick: OwnedFd | None) -> None:
         """Stop a ring and start it where it stood, with other settings. Parked.
 
@@ -177,7 +202,7 @@ class Rings:
         self._setups[index] = setup
 
     def _native_setup(
-        self, setup: RingSetup, kick: OwnedFd, position: RingPosition
+        self, setup: RingSetup, kick: OwnedFd | None, position: RingPosition
     ) -> _native.RingSetup:
         features = _native.RingFeature(0)
         for virtio, ring in _RING_FEATURE.items():
@@ -197,7 +222,8 @@ class Rings:
                 position.next_avail, position.next_used, position.avail_wrap, position.used_wrap
             ),
             handler=_native.Handler.NONE,
-            kick_fd=kick.fileno(),
+            start_number=setup.start_number,
+            kick_fd=_number(kick),
             call_fd=_number(eventfds.call),
             err_fd=_number(eventfds.err),
         )

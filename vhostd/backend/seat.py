@@ -9,6 +9,7 @@ from __future__ import annotations
 import trio
 
 from vhostd.backend.connection import DeviceConnection
+from vhostd.backend.left import Left
 from vhostd.backend.storage import StoragePolicy
 from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.worker import VmWorker
@@ -26,6 +27,7 @@ class DeviceSeat:
         connection: the VMM being served, or None.
         connections: VMM connections ever accepted, those that were turned away not counted.
         connections_refused: turned away because one was there already.
+        settled: set once nothing more is wanted of what a predecessor left.
     """
 
     def __init__(
@@ -35,8 +37,15 @@ class DeviceSeat:
         source: Listener | Connection,
         shared: Surroundings,
         policy: StoragePolicy | None = None,
+        left: Left | None = None,
     ) -> None:
-        """policy: of a device with an image."""
+        """Nobody sits on it yet, but whom a predecessor left.
+
+        Args:
+            source: where VMMs come from.
+            policy: of a device with an image.
+            left: a connection that a predecessor served.
+        """
         self.name = name
         self.device = device
         self.connection: DeviceConnection | None = None
@@ -45,12 +54,16 @@ class DeviceSeat:
         self._source = source
         self._shared = shared
         self._policy = policy
+        self._left = left
+        self.settled = trio.Event()
+        self._kept = shared.keeping.of_device(name)
         self._idle = trio.Event()  # set when the connection has ended
 
     async def run(self, worker: VmWorker) -> None:
         """Serve VMMs until cancelled, or until the one connection we were handed has ended."""
         try:
             if isinstance(self._source, Connection):
+                self.settled.set()
                 self.connection = self._new_connection(worker, self._source)
                 await self._run_connection(self.connection)
             else:
@@ -60,7 +73,11 @@ class DeviceSeat:
 
     async def _accept(self, worker: VmWorker, listener: Listener) -> None:
         journal = self._shared.journal
+        self._kept.keep("listen", listener.fileno())
         async with trio.open_nursery() as nursery:
+            if (resumed := self._resume(worker)) is not None:
+                self.connection = resumed
+                nursery.start_soon(self._run_connection, resumed)
             while True:
                 connection = await listener.accept()
                 if self.connection is not None and self.connection.hung_up:
@@ -76,6 +93,23 @@ class DeviceSeat:
                     continue
                 nursery.start_soon(self._run_connection, self.connection)
 
+    def _resume(self, worker: VmWorker) -> DeviceConnection | None:
+        """The connection a predecessor left, if it can be served."""
+        left, self._left = self._left, None
+        connection = None if left is None else left.connection()
+        if connection is None:
+            self.settled.set()
+            return None
+        try:
+            return self._new_connection(worker, connection, left)
+        except OSError as error:
+            self.settled.set()
+            connection.leave()
+            self._shared.journal.log.error(
+                LogEvent.NOT_TAKEN_OVER, device=self.name, error=error.strerror or str(error)
+            )
+            return None
+
     def _turn_away(self, connection: Connection) -> None:
         connection.close()
         self.connections_refused += 1
@@ -86,19 +120,37 @@ class DeviceSeat:
             error="a second VMM connected and was turned away: one is being served",
         )
 
-    def _new_connection(self, worker: VmWorker, connection: Connection) -> DeviceConnection:
+    def _new_connection(
+        self, worker: VmWorker, connection: Connection, left: Left | None = None
+    ) -> DeviceConnection:
         # Here and not in its task: somebody may wait for its end before that task first runs.
         self._idle = trio.Event()
-        return DeviceConnection(connection, self.device, worker, self._shared, self._policy)
+        return DeviceConnection(
+            self.name,
+            connection,
+            self.device,
+            worker,
+            self._shared,
+            self._kept,
+            self._policy,
+            left,
+            self.settled,
+        )
 
     async def _run_connection(self, connection: DeviceConnection) -> None:
         journal = self._shared.journal
         self.connections += 1
-        journal.log.info(LogEvent.VM_CONNECTED, device=self.name)
-        journal.publish(LogEvent.VM_CONNECTED, {"device": self.name})
+        news = LogEvent.TAKEN_OVER if connection.resumed else LogEvent.VM_CONNECTED
+        journal.log.info(news, device=self.name)
+        journal.publish(news, {"device": self.name})
         self._shared.connected()
         try:
             await connection.run()
+            if not connection.left_alone:
+                # It has ended, and not we: nobody will want what it had.
+                self._kept.forget_all(but="listen")
+                self.connection = None
+                self.commit()
         finally:
             self.connection = None
             self._idle.set()
@@ -124,3 +176,13 @@ class DeviceSeat:
         """
         if self.connection is not None:
             self.connection.effects.perform(effects)
+        if self.connection is None or not effects:
+            self.commit()
+
+    def commit(self) -> None:
+        """Record what the device has become."""
+        if self.connection is not None:
+            self.connection.commit()
+            return
+        shared = self._shared
+        shared.keeping.commit(self.name, self.device, None, None, shared.next_event())

@@ -12,20 +12,22 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, TypeVar
 
 import trio
 
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
+from vhostd.backend.image_opening import native_image, open_for
 from vhostd.backend.journal import Journal
+from vhostd.backend.left import Left
 from vhostd.backend.memory_table import DeviceMemory
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Effects, JsonObject, Refused
 from vhostd.devices.pmem import ImageView, Pmem, PmemMode
 from vhostd.devices.pmem_state import Failure
-from vhostd.images.image_file import ImageState, ImageUnusable, OpenImage, look_at, open_image
+from vhostd.handover.fd_store import DeviceKeeping
+from vhostd.images.image_file import ImageState, ImageUnusable, OpenImage, look_at
 from vhostd.images.mapped import drop_cache, mark_cold, referenced_size
 from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
@@ -79,6 +81,7 @@ class Storage:
         stop_vm: Callable[[str], None],
         peer_pid: int | None,
         perform: Perform,
+        kept: DeviceKeeping,
         journal: Journal,
     ) -> None:
         """perform: carries out what the device says to what happens to the image."""
@@ -91,6 +94,7 @@ class Storage:
         self._stop_vm = stop_vm
         self._peer_pid = peer_pid
         self._perform = perform
+        self._kept = kept
         self._journal = journal
         self._open: OpenImage | None = None
         self._image: _native.Image | None = None
@@ -102,29 +106,27 @@ class Storage:
         self._cold_s = 0.0
 
     @asynccontextmanager
-    async def opened(self, worker: VmWorker) -> AsyncIterator[None]:
+    async def opened(self, worker: VmWorker, left: Left | None = None) -> AsyncIterator[None]:
         """Have the image open and locked inside the block, and the native device flush it.
 
         Raises:
             ImageUnusable: it can't be served, for want of memory or descriptors too.
         """
-        options = self._device.options
-        opened = await trio.to_thread.run_sync(
-            lambda: open_image(Path(options.file), options.size, readonly=options.readonly),
-            limiter=self._threads,
-            abandon_on_cancel=True,
-        )
+        opened = await self._in_thread(lambda: open_for(self._device.options, left))
         self._registry.add_image(opened.identity)
         self._device.refused_image = None
         try:
-            self._image = _native_image(opened)
+            self._image = native_image(opened, left)
+            self._kept.keep("image", opened.file.fileno())
+            self._kept.keep("witness", opened.witness.fileno())
+            self._kept.keep("image-state", self._image.shared_fd)
             if self._device.failure is not None:
                 self._image.fail(self._device.failure.error)
             async with worker.parked():
                 self._native.set_image(self._image)
             self._open = opened
             if not opened.locked:
-                self._journal.log.warning(LogEvent.IMAGE_NOT_LOCKED, file=options.file)
+                self._journal.log.warning(LogEvent.IMAGE_NOT_LOCKED, file=str(opened.path))
             if self._policy.sequential:
                 # Of the open file, which is the one the VMM maps.
                 os.posix_fadvise(opened.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -158,8 +160,16 @@ class Storage:
             await trio.to_thread.run_sync(image.wait_alone, limiter=limiter, abandon_on_cancel=True)
             self._perform(self._failure_of(image))  # there was nobody left to be told of it
             image.close()
-        opened.file.close()
+        opened.close()
         closed.set()
+
+    def refuse(self, error: ImageUnusable) -> None:
+        """The VMM can't be served for this reason."""
+        self._device.refused_image = str(error)
+        self._journal.log.error(
+            LogEvent.IMAGE_UNUSABLE, error=str(error), consequence="the VMM was turned away"
+        )
+        self._journal.publish(LogEvent.IMAGE_UNUSABLE, {"error": str(error)})
 
     def flush_counters(self) -> dict[str, int]:
         """What became of the guest's flushes on this connection; none once its device counts it."""
@@ -206,9 +216,7 @@ class Storage:
     def on_started(self) -> None:
         """The VMM bears requests now: hand it the image, unless it has it from before."""
         options, image = self._device.options, self._open
-        if image is None or not self._device.wants_mapping:
-            return
-        if self._memory.images(image.identity):
+        if image is None or not self._device.wants_mapping or self._memory.images(image.identity):
             return
         if not self._requests.possible:
             self._on_mapped(None)
@@ -219,7 +227,8 @@ class Storage:
         )
 
     def _on_mapped(self, verdict: int | None) -> None:
-        if verdict == 0:
+        known = self._open is not None and self._memory.images(self._open.identity)
+        if verdict == 0 or known:  # refused, perhaps, since a predecessor asked for it too
             self._perform(self._device.on_region(None))
             return
         why = "the VMM did not answer" if verdict is None else f"the VMM refused it ({verdict})"
@@ -389,12 +398,3 @@ class Storage:
             with suppress(Refused):  # it has failed then, which is told and kept already
                 await self.drop_cache()
         await self._in_thread(lambda: mark_cold(opened.identity, pid))
-
-
-def _native_image(opened: OpenImage) -> _native.Image:
-    """The native side of an open image. Raises ImageUnusable."""
-    try:
-        return _native.Image(opened.file.fileno())
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise ImageUnusable(f"{opened.path}: can't be served: {reason}") from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vhostd.backend.journal import Journal
+from vhostd.backend.keeping import VmKeeping
 from vhostd.memory.registry import MemoryRegistry
 
 
@@ -16,6 +17,8 @@ class Surroundings:
     Attributes:
         stop_vm: has the VMM pause the VM; its argument says why.
         connected: called when a VMM's connection was accepted.
+        keeping: what a successor gets.
+        next_event: number of the event stream's next event.
         memory_slots: the VMM may send its memory table slot by slot. QEMU 11.1 crashes at a reboot
             where one device has that and another has shared memory mapped.
     """
@@ -26,3 +29,5 @@ class Surroundings:
     stop_vm: Callable[[str], None]
     connected: Callable[[], None]
     memory_slots: bool = True
+    keeping: VmKeeping = field(default_factory=VmKeeping.none)
+    next_event: Callable[[], int] = lambda: 0

@@ -6,23 +6,25 @@ not know messages or what a device does.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import trio
 
-from vhostd.backend.configured import balloon_of, mem_of, pmem_of, policy_of
-from vhostd.backend.connection import NO_COUNTERS, NO_COUNTS
+from vhostd.backend.configured import balloon_of, find, mem_of, pmem_of, policy_of
 from vhostd.backend.journal import Journal
+from vhostd.backend.keeping import VmKeeping
+from vhostd.backend.left import VmLeft
+from vhostd.backend.memory_pursuit import MemoryPursuit
 from vhostd.backend.monitor import Monitor
 from vhostd.backend.seat import DeviceSeat
 from vhostd.backend.storage import Storage
 from vhostd.backend.surroundings import Surroundings
+from vhostd.backend.vm_status import describe
 from vhostd.backend.worker import VmWorker
 from vhostd.config import VmConfig
 from vhostd.devices.balloon import Balloon
-from vhostd.devices.base import Device, DeviceEvent, Event, GuestRange, Refused
+from vhostd.devices.base import Device, Effects, Event, GuestRange, Refused
 from vhostd.devices.mem import Mem
 from vhostd.devices.memory_plan import MemoryGoal, MemRoom, boot_memory_size, plan_memory
 from vhostd.devices.pmem import Pmem
@@ -32,15 +34,6 @@ from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
 
 JsonObject = dict[str, Any]
-AnyDevice = TypeVar("AnyDevice", bound=Device)
-
-GOAL_EVENTS = (
-    DeviceEvent.MEM_PLUGGED,
-    DeviceEvent.MEM_UNPLUGGED_ALL,
-    DeviceEvent.MEM_DISCARDED,
-    DeviceEvent.MEM_STANDS_STILL,
-)
-"""After these the balloon may have another part of the goal to reach."""
 
 STATES_BY_WEIGHT = ("quarantined", "running", "stopped", "connected", "waiting")
 """A VM is in the first of these that one of its devices is in."""
@@ -52,7 +45,7 @@ class Vm:
     Attributes:
         balloon: its balloon, or None; devices outlive connections, as an operator's wishes do.
         mems: its virtio-mem devices by id, in the configuration's order.
-        pmems: its virtio-pmem devices, likewise.
+        pmems: its virtio-pmem devices; settled: what a predecessor left is no longer wanted.
     """
 
     def __init__(
@@ -61,8 +54,25 @@ class Vm:
         sources: Sequence[Listener | Connection],
         registry: MemoryRegistry,
         journal: Journal,
+        keeping: VmKeeping | None = None,
+        left: VmLeft | None = None,
+        next_event: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Set a VM up; next_event is the number of the event stream's next event.
+
+        Args:
+            sources: where the VMM of each device comes from, as VmConfig.sockets has them.
+            keeping: where its state goes; None: nobody keeps it.
+            left: what a predecessor left of it.
+
+        Raises:
+            ValueError: that is of other devices than the configuration describes now.
+        """
         self.name = config.name
+        self.settled = trio.Event()
+        self._left = left
+        self._registry = registry
+        keeping = self._keeping = VmKeeping.none() if keeping is None else keeping
         self.config = config
         self._journal = journal
         self._monitor = None if config.qmp is None else Monitor(config.qmp, self, journal)
@@ -75,30 +85,88 @@ class Vm:
             **self.pmems,
         }
         policies = {pmem.id: policy_of(pmem) for pmem in config.pmems}
-        has_shmem = any(pmem.shmem_region_sizes for pmem in self.pmems.values())
-        shared = Surroundings(
-            self.name, registry, journal, self._stop_vm, self._vmm_connected, not has_shmem
-        )
+        shared = self._surroundings(keeping, next_event)
+        for name, device in devices.items():
+            self._begin(name, device)
         self._seats = {
-            name: DeviceSeat(name, device, source, shared, policies.get(name))
+            name: DeviceSeat(
+                name,
+                device,
+                source,
+                shared,
+                policies.get(name),
+                None if left is None else left.of(name, keeping.of_device(name)),
+            )
             for (name, device), source in zip(devices.items(), sources, strict=True)
         }
-        self._goal: MemoryGoal | None = None
-        journal.listen(self._on_news)
+        self._pursuit = MemoryPursuit(
+            self.balloon,
+            self.mems,
+            self._perform_balloon,
+            lambda goal: keeping.commit_goal(goal, next_event()),
+            journal,
+            None if left is None else left.record.goal,
+        )
         self._tell_hotplug_size()
+
+    def _begin(self, name: str, device: Device) -> None:
+        """Have a device go on where it was, as far as anybody knows."""
+        if self._left is not None and (saved := self._left.device(name)) is not None:
+            device.load(saved)
+            return
+        lasting = self._keeping.lasting
+        if lasting is None or (lasted := lasting.of(name)) is None:
+            return
+        try:
+            device.recall(lasted)
+        except ValueError as error:
+            self._journal.log.error(
+                LogEvent.STATE_SET_ASIDE,
+                device=name,
+                error=str(error),
+                consequence="the device begins as it is configured",
+            )
+
+    def _surroundings(self, keeping: VmKeeping, next_event: Callable[[], int]) -> Surroundings:
+        has_shmem = any(pmem.shmem_region_sizes for pmem in self.pmems.values())
+        return Surroundings(
+            self.name,
+            self._registry,
+            self._journal,
+            self._stop_vm,
+            self._vmm_connected,
+            not has_shmem,
+            keeping,
+            next_event,
+        )
 
     async def run(self) -> None:
         """Serve VMMs until cancelled, or until all connections we were handed have ended."""
+        left = self._left
+        if left is not None:
+            await left.map_memory(self.name, self._registry)
         async with VmWorker.open(self.name) as worker, trio.open_nursery() as nursery:
             if self._monitor is not None:
                 nursery.start_soon(self._monitor.run)
+            if self._keeping.lasting is not None:
+                nursery.start_soon(self._keeping.lasting.run)
             async with trio.open_nursery() as seats:
                 for name, seat in self._seats.items():
                     if name in self.pmems:
                         seats.start_soon(self._run_apart, seat)
                     else:
                         seats.start_soon(seat.run, worker)
+                seats.start_soon(self._settle, left)
             nursery.cancel_scope.cancel()
+
+    async def _settle(self, left: VmLeft | None) -> None:
+        """Let go of what a predecessor left and nobody wants."""
+        for seat in self._seats.values():
+            await seat.settled.wait()
+        if left is not None:
+            self._registry.settle(self.name)
+            left.close(self.name, self._keeping.store)
+        self.settled.set()
 
     async def _run_apart(self, seat: DeviceSeat) -> None:
         """A device whose worker waits for a disk shares it with no other."""
@@ -166,7 +234,7 @@ class Vm:
             Refused: it cannot be; the text says why.
         """
         effects = self.require_balloon().set_target(size)
-        self._goal = None
+        self._pursuit.give_up()
         self._seats["balloon"].perform(effects)
 
     def request_statistics(self) -> None:
@@ -198,18 +266,7 @@ class Vm:
         Raises:
             Refused: there is none of that id, or several to choose from.
         """
-        return self._find("memory device", self.mems, device)
-
-    def _find(self, kind: str, devices: Mapping[str, AnyDevice], device: str | None) -> AnyDevice:
-        names = ", ".join(devices)
-        if device is None:
-            if len(devices) == 1:
-                return next(iter(devices.values()))
-            has = f"several: choose one of {names}" if devices else "none"
-            raise Refused(f"which {kind}? VM {self.name!r} has {has}")
-        if device not in devices:
-            raise Refused(f"VM {self.name!r} has no {kind} {device!r}; it has {names or 'none'}")
-        return devices[device]
+        return find(f"VM {self.name!r}", "memory device", self.mems, device)
 
     def resize_mem(self, device: str | None, size: int) -> str:
         """Ask the guest to use `size` bytes of a virtio-mem device; its id is returned.
@@ -219,7 +276,7 @@ class Vm:
         """
         mem = self.find_mem(device)
         effects = mem.set_requested_size(size)
-        self._goal = None
+        self._pursuit.give_up()
         self._seats[mem.options.id].perform(effects)
         self._tell_hotplug_size()
         return mem.options.id
@@ -230,7 +287,7 @@ class Vm:
         Raises:
             Refused: there is none of that id, or several to choose from.
         """
-        return self._find("disk", self.pmems, device)
+        return find(f"VM {self.name!r}", "disk", self.pmems, device)
 
     def storage_of(self, pmem: Pmem) -> Storage:
         """Its image.
@@ -253,7 +310,9 @@ class Vm:
         seat = self._seats[pmem.options.id]
         if seat.connection is not None and seat.connection.storage is not None:
             await seat.connection.storage.clear()
-        for effect in pmem.on_cleared():
+        effects = pmem.on_cleared()
+        seat.commit()
+        for effect in effects:
             assert isinstance(effect, Event)
             self._journal.publish(effect.name, effect.fields)
         return pmem.options.id
@@ -274,38 +333,15 @@ class Vm:
             self.mems[name].check_request(requested)
         if self.balloon is not None and plan.balloon:
             self.balloon.check_usable()
-        self._goal = MemoryGoal(boot_size, size)
+        self._pursuit.begin(MemoryGoal(boot_size, size))
         for name, requested in plan.requested.items():
             self._seats[name].perform(self.mems[name].set_requested_size(requested))
         self._tell_hotplug_size()
-        self._pursue_goal()
+        self._pursuit.go_on()
         return {"size": size, "mem": plan.requested, "balloon": plan.balloon}
 
-    def _on_news(self, vm_name: str, event: str, fields: Mapping[str, object]) -> None:
-        del vm_name, fields
-        if event == DeviceEvent.MEM_STANDS_STILL and self._goal is not None:
-            self._goal.devices_done = True
-        if event in GOAL_EVENTS:
-            self._pursue_goal()
-
-    def _pursue_goal(self) -> None:
-        """Set the balloon to what the memory devices leave, once they have done what they can."""
-        goal = self._goal
-        if goal is None or self.balloon is None:
-            return
-        if all(mem.settled for mem in self.mems.values()):
-            goal.devices_done = True
-        left = goal.balloon(sum(mem.plugged_size for mem in self.mems.values()))
-        # More than RAM it can't take, however far the memory devices are.
-        target = min(left, self.balloon.guest_memory_size or left)
-        if target < self.balloon.target or (goal.devices_done and target != self.balloon.target):
-            try:
-                effects = self.balloon.set_target(target)
-            except Refused as error:
-                self._goal = None
-                self._journal.log.warning(LogEvent.GOAL_GIVEN_UP, size=goal.size, why=str(error))
-            else:
-                self._seats["balloon"].perform(effects)
+    def _perform_balloon(self, effects: Effects) -> None:
+        self._seats["balloon"].perform(effects)
 
     def _boot_memory_size(self) -> int:
         size = self._find_boot_memory_size()
@@ -340,21 +376,13 @@ class Vm:
 
     def status(self) -> JsonObject:
         """The object of `vhostctl --json status VM`; sizes in bytes."""
-        devices = {name: self._device_status(seat) for name, seat in self._seats.items()}
-        balloon = {} if self.balloon is None else {"balloon": devices["balloon"]}
         return {
             "vm": self.name,
             "state": self.state,
-            **balloon,
-            "mem": [devices[name] for name in self.mems],
-            "pmem": [devices[name] for name in self.pmems],
+            **describe(self._seats, list(self.mems), list(self.pmems)),
             "usable": self._usable_size(),
-            "usable_goal": None if self._goal is None else self._goal.size,
+            "usable_goal": self._pursuit.size,
             "qmp": self._monitor is not None and self._monitor.connected,
-            "connections": sum(seat.connections for seat in self._seats.values()),
-            "connections_refused": sum(seat.connections_refused for seat in self._seats.values()),
-            "faults": self._faults(),
-            **self._counts(),
         }
 
     def _usable_size(self) -> int | None:
@@ -364,28 +392,3 @@ class Vm:
             return None
         actual = 0 if self.balloon is None else self.balloon.actual
         return boot_size + sum(mem.plugged_size for mem in self.mems.values()) - actual
-
-    def _device_status(self, seat: DeviceSeat) -> JsonObject:
-        connection = seat.connection
-        counters = NO_COUNTERS if connection is None else connection.counters()
-        status = seat.device.status(counters, time.time())
-        status["state"] = seat.state
-        status["queues"] = {} if connection is None else connection.queues()
-        return status
-
-    def _faults(self) -> dict[str, str]:
-        """Quarantined rings by index; of other devices than the balloon, by id/index."""
-        return {
-            str(index) if name == "balloon" else f"{name}/{index}": fault
-            for name, seat in self._seats.items()
-            if seat.connection is not None
-            for index, fault in seat.connection.faults.items()
-        }
-
-    def _counts(self) -> Mapping[str, int]:
-        counts = dict(NO_COUNTS)
-        for seat in self._seats.values():
-            if seat.connection is not None:
-                for name, count in seat.connection.counts().items():
-                    counts[name] += count
-        return counts

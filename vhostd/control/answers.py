@@ -151,7 +151,8 @@ class VmStatus(msgspec.Struct):
 
     `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
     `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
-    are messages to the VMM, reads and writes those of the guest that the worker answered.
+    are messages to the VMM, reads and writes those of the guest that the worker answered. `paused`
+    is why nobody serves it; left out where it is served.
     """
 
     vm: str
@@ -169,6 +170,7 @@ class VmStatus(msgspec.Struct):
     usable: int | None = None
     usable_goal: int | None = None
     qmp: bool = False
+    paused: str | None = None
     balloon: BalloonStatus | None = None  # left out where there is none
 
 

@@ -305,7 +305,10 @@ class _Handlers:
     def _balloon(self, request: Request) -> Callable[[], JsonObject]:
         """Reads the VM's balloon status anew with each call."""
         vm = self._vm(request)
-        if "balloon" not in vm.status():
+        status = vm.status()
+        if "balloon" not in status:
+            if paused := status.get("paused"):
+                raise ApiError(409, f"VM {request.path_params['vm']!r} is left alone: {paused}")
             raise ApiError(404, f"VM {request.path_params['vm']!r} has no balloon")
         return lambda: vm.status()["balloon"]
 

@@ -134,6 +134,8 @@ def daemon_checks(socket: str, statuses: Sequence[Mapping[str, Any]]) -> list[Ch
 
 def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     name = status["vm"]
+    if paused := status.get("paused"):
+        yield Check(name, FAILED, f"left alone: {paused}", "its guest runs without its devices")
     for queue, fault in status["faults"].items():
         yield Check(
             f"{name} queue {queue}",

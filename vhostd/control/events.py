@@ -128,6 +128,15 @@ class EventStream:
         self._subscriptions: set[Subscription] = set()
 
     @property
+    def next_id(self) -> int:
+        """Number of the next event."""
+        return self._last_id + 1
+
+    def begin_after(self, last_id: int) -> None:
+        """Go on after a predecessor's numbers."""
+        self._last_id = max(self._last_id, last_id)
+
+    @property
     def subscribers(self) -> int:
         """How many listen now."""
         return len(self._subscriptions)

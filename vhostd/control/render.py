@@ -68,6 +68,8 @@ def show_vm(vm: Object) -> None:
         ("VM", Text(vm["vm"])),
         ("state", Text(vm["state"], _STATE_STYLE.get(vm["state"], ""))),
     ]
+    if paused := vm.get("paused"):
+        rows.append(("left alone", Text(paused, "bold red")))
     if balloon := vm.get("balloon"):
         rows += [
             ("balloon target", _size(balloon["target"])),

@@ -29,9 +29,11 @@ class ImageUnusable(VhostdError):
 
 @dataclass(frozen=True, slots=True)
 class OpenImage:
-    """An image that is open and, where `locked`, locked; `file` is the owner's to close.
+    """An image that is open and, where `locked`, locked.
 
     Attributes:
+        witness: the same file opened once more: the kernel tells each open file of a write error
+            once, so this one knows of those that a process learnt of which died before it said so.
         identity: st_dev and st_ino.
         file_size: bytes; may be more than the device shows.
         locked: False where the file system has no locks.
@@ -39,9 +41,15 @@ class OpenImage:
 
     path: Path
     file: OwnedFd
+    witness: OwnedFd
     identity: tuple[int, int]
     file_size: int
     locked: bool
+
+    def close(self) -> None:
+        """Close both; the lock goes with the last descriptor of the open file."""
+        self.file.close()
+        self.witness.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,10 @@ def _checked(path: Path, file: OwnedFd, size: int, *, readonly: bool) -> OpenIma
         raise ImageUnusable(f"{path}: {error}; stop that, or use another image") from error
     except LocksNotSupported:
         locked = False
-    return OpenImage(path, file, (status.st_dev, status.st_ino), file_size, locked)
+    # By its number: the path may lead elsewhere by now.
+    witness = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    identity = (status.st_dev, status.st_ino)
+    return OpenImage(path, file, OwnedFd(witness), identity, file_size, locked)
 
 
 def look_at(file: OwnedFd) -> ImageState:

@@ -15,6 +15,7 @@ import trio
 from vhostd._native import Mapping, Region
 from vhostd.errors import FrontendError
 from vhostd.fds import OwnedFd
+from vhostd.handover.fd_store import VM_WIDE, FdStore, NoStore
 from vhostd.units import BALLOON_PAGE_SIZE
 
 _MAPPING_THREADS_MAX = 64
@@ -41,6 +42,11 @@ class _MemoryFile:
     owner: str
     mapping: Mapping
     users: int = 0
+
+    def name(self, role: str) -> str:
+        """What it, or its bitmap, is called in the store."""
+        device, inode = self.identity
+        return f"{self.owner}/{VM_WIDE}/{role}.{device:x}.{inode:x}"
 
 
 class HeldRegion:
@@ -95,7 +101,10 @@ class MemoryRegistry:
     discards hit each other (and an attacker's VMM could pass a neighbour's file).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: FdStore | None = None) -> None:
+        """store: where a successor finds the files; None: there will be none."""
+        self._store = NoStore() if store is None else store
+        self._adopted: list[_MemoryFile] = []
         self._files: dict[tuple[int, int], _MemoryFile] = {}
         self._images: Counter[tuple[int, int]] = Counter()
         # Mapping a file may hang on its file system: its VM waits then, not the event loop. The
@@ -156,7 +165,50 @@ class MemoryRegistry:
         file = self._files.setdefault(identity, _MemoryFile(identity, owner, mapping))
         if file.mapping is not mapping:
             mapping.close()
+        else:
+            self._store.keep(file.name("memory"), fd.fileno())
+            self._store.keep(file.name("bitmap"), mapping.given_up_fd)
         return file
+
+    async def adopt(self, owner: str, fd: OwnedFd, bitmap: OwnedFd | None) -> None:
+        """Map a file that a predecessor had for the VM `owner`; settle() lets go of it.
+
+        Args:
+            fd: the file; bitmap: its pages in the balloon, None: not known any more. Both are
+                closed.
+
+        Raises:
+            OSError: it can't be mapped.
+        """
+        with fd:
+            status = await self._in_thread_fstat(fd)
+            given_up = -1 if bitmap is None else bitmap.fileno()
+            mapping = await trio.to_thread.run_sync(
+                lambda: Mapping(fd.fileno(), given_up), limiter=self._threads
+            )
+        identity = (status.st_dev, status.st_ino)
+        file = self._files[identity] = _MemoryFile(identity, owner, mapping, users=1)
+        if bitmap is None:
+            self._store.keep(file.name("bitmap"), mapping.given_up_fd)
+        else:
+            bitmap.close()
+        self._adopted.append(file)
+
+    def settle(self, owner: str) -> None:
+        """What was adopted for this VM and nobody holds by now is let go of."""
+        settled = [file for file in self._adopted if file.owner == owner]
+        self._adopted = [file for file in self._adopted if file.owner != owner]
+        for file in settled:
+            self.drop(file)
+
+    def hold_known(
+        self, owner: str, identity: tuple[int, int], guest_addr: int, size: int, file_offset: int
+    ) -> HeldRegion | None:
+        """Hold a region of a file that is mapped already; None: it is not, or not this VM's."""
+        file = self._files.get(identity)
+        if file is None or file.owner != owner:
+            return None
+        return HeldRegion(self, file, Region(guest_addr, size, file_offset, file.mapping))
 
     def drop(self, file: _MemoryFile) -> None:
         """One holder less; the last one unmaps the file."""
@@ -166,6 +218,8 @@ class MemoryRegistry:
 
     def _forget(self, file: _MemoryFile) -> None:
         del self._files[file.identity]
+        self._store.forget(file.name("memory"))
+        self._store.forget(file.name("bitmap"))
         file.mapping.close()
 
 

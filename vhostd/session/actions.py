@@ -46,6 +46,7 @@ class RingSetup:
         log_used: mark writes to the used ring in the dirty log, at guest address log_addr.
         position: where it starts.
         enabled: serve it at once.
+        start_number: see RingState.
     """
 
     index: int
@@ -56,6 +57,7 @@ class RingSetup:
     log_addr: int
     position: RingPosition
     enabled: bool
+    start_number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,12 @@ def _reset_device(_offer: Offer, state: SessionState, _message: Message) -> Plan
     enabled = state.features_settled and not state.has(VirtioFeature.PROTOCOL_FEATURES)
     # Stopping closed the kick and the call of the started ones; the other eventfds stay.
     rings = tuple(
-        RingState(call=ring.call and not ring.started, err=ring.err, enabled=enabled)
+        RingState(
+            call=ring.call and not ring.started,
+            err=ring.err,
+            enabled=enabled,
+            start_number=ring.start_number,
+        )
         for ring in state.rings
     )
     return Plan(replace(state, rings=rings, device_started=False, status=0), tuple(actions))

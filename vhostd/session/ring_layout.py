@@ -116,6 +116,7 @@ def set_up(state: SessionState, index: int, ring: RingState) -> RingSetup:
         log_addr=ring.log_addr,
         position=position_of(base_in_force(ring, state), ring.size, packed=state.packed),
         enabled=ring.enabled,
+        start_number=ring.start_number,
     )
 
 

@@ -127,9 +127,11 @@ def _set_vring_kick(_offer: Offer, state: SessionState, message: Message) -> Pla
         raise FrontendError(f"ring {index} would have to be polled, which is not offered")
     if not state.features_settled:
         raise FrontendError(f"ring {index} starts before SET_FEATURES")
+    if not ring.started:  # else it goes on from where it is, with a successor too
+        ring = replace(ring, start_number=ring.start_number + 1)
     setup = set_up(state, index, ring)
     if ring.started:
-        return Plan(state, (RestartRing(setup, kick),))
+        return Plan(state.with_ring(index, ring), (RestartRing(setup, kick),))
     after = replace(ring, kick=True, started=True, started_at=setup.addresses)
     start = StartRing(setup, kick, evidence_of(setup, state))
     return _gone_live(state.with_ring(index, after), (start,))

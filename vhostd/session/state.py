@@ -65,6 +65,7 @@ class RingState:
         started: it has its kick; served while it is enabled too.
         moved: it stood elsewhere than at its beginning when it last stopped.
         started_at: guest addresses at its latest start.
+        start_number: how often it was started, so that nobody takes one start for another.
     """
 
     size: int = 0
@@ -79,6 +80,7 @@ class RingState:
     enabled: bool = False
     moved: bool = False
     started_at: RingAddresses | None = None
+    start_number: int = 0
 
     @property
     def live(self) -> bool:

@@ -16,7 +16,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -33,6 +33,9 @@ _ANSWER_SIZE: Final = HEADER.size + U64.LAYOUT.size
 _ANSWER_FLAGS: Final = HeaderFlag.VERSION | HeaderFlag.REPLY
 
 
+OUTBOX_SIZE_MAX: Final = 65536
+"""Bytes sent before the outbox begins anew."""
+
 LOOK_AGAIN_MIN_S: Final = 0.0001
 LOOK_AGAIN_MAX_S: Final = 0.01
 
@@ -48,17 +51,26 @@ class ChannelClosed(Exception):
 class BackendChannel:
     """Owns the socket; one request is under way at a time."""
 
-    def __init__(self, stream: UnixStream, *, reply_ack: bool) -> None:
+    def __init__(
+        self, stream: UnixStream, *, reply_ack: bool, outbox: OwnedFd | None = None
+    ) -> None:
         """Take over a connected socket.
 
-        reply_ack: REPLY_ACK was acknowledged, so that requests can be answered.
+        Args:
+            reply_ack: REPLY_ACK was acknowledged, so that requests can be answered.
+            outbox: a predecessor's; None: this channel is new.
+
+        Raises:
+            OSError: no memory or descriptor for it.
         """
         self._stream = stream
         self._reply_ack = reply_ack
         self._turn = trio.Lock()
         self._received = b""
         self._given_up: deque[BackendRequest] = deque()
-        self._held_back = b""  # the last byte of a request whose rest is under way
+        self._outbox = _new_outbox() if outbox is None else outbox
+        self._held_back = False  # of a request all but the last byte is under way
+        self._stale_answers = outbox is not None  # to a predecessor, how many nobody knows
 
     @classmethod
     def adopt(cls, fd: OwnedFd, *, reply_ack: bool, connection_fd: int) -> BackendChannel:
@@ -83,6 +95,30 @@ class BackendChannel:
             raise FrontendError("back-end request socket is not from a socket pair of its own")
         return cls(stream, reply_ack=reply_ack)
 
+    @classmethod
+    def resume(cls, fd: OwnedFd, outbox: OwnedFd, *, reply_ack: bool) -> BackendChannel:
+        """Go on with a predecessor's channel; a request of which nothing went out is forgotten."""
+        channel = cls(UnixStream.adopt(fd), reply_ack=reply_ack, outbox=outbox)
+        last = _last_request(outbox)
+        sent = os.lseek(outbox.fileno(), 0, os.SEEK_CUR)
+        if last is None or sent == last.end:
+            return channel
+        if sent == last.begin and not last.carries_fds:
+            os.ftruncate(outbox.fileno(), sent)
+            return channel
+        if sent == last.begin:
+            # Only sendfile() says that it sent. A VMM that has the first byte and gets no more
+            # stands still for good; one that has not, and gets the rest, gives up the channel.
+            sent = os.lseek(outbox.fileno(), 1, os.SEEK_CUR)
+        sent += channel._stream.send_from(outbox.fileno(), last.end - 1 - sent)
+        channel._held_back = sent == last.end - 1
+        return channel
+
+    @property
+    def outbox_fd(self) -> int:
+        """The memfd requests go out of, borrowed: a successor needs it with the socket."""
+        return self._outbox.fileno()
+
     @property
     def closed(self) -> bool:
         """No request can be made any more."""
@@ -95,6 +131,7 @@ class BackendChannel:
     def close(self) -> None:
         """Hang up; a request under way raises ChannelClosed. Twice is fine."""
         self._stream.close()
+        self._outbox.close()
 
     def on_stopping(self) -> None:
         """The VMM begins to stop the device: a request it has not begun to read must not be read.
@@ -109,9 +146,44 @@ class BackendChannel:
             self._finish()
 
     def _finish(self) -> None:
-        held_back, self._held_back = self._held_back, b""
-        if not self._stream.send_now(held_back):
+        if self._stream.send_from(self._outbox.fileno(), 1) == 0:
             raise HostError(errno.ENOBUFS, "no room for one byte in an empty socket")
+        self._held_back = False
+
+    def _begin(self, data: bytes, fds: Sequence[OwnedFd]) -> bool:
+        """Send all but the last byte; False: no room, nothing was sent."""
+        outbox = self._outbox.fileno()
+        start = os.lseek(outbox, 0, os.SEEK_CUR)
+        if start > OUTBOX_SIZE_MAX and not self._stream.unread:
+            # What was sent lies in the socket by reference until it is read.
+            os.ftruncate(outbox, 0)
+            start = os.lseek(outbox, 0, os.SEEK_SET)
+        os.pwrite(outbox, data, start)
+        first = 0
+        if fds:
+            if not self._stream.send_now(data[:1], fds):
+                os.ftruncate(outbox, start)
+                return False
+            first = 1
+            os.lseek(outbox, first, os.SEEK_CUR)
+        wanted = len(data) - 1 - first
+        sent = self._stream.send_from(outbox, wanted)
+        if sent == wanted:
+            self._held_back = True
+            return True
+        if sent or first:
+            raise HostError(errno.ENOBUFS, "a short request was cut")
+        os.ftruncate(outbox, start)
+        return False
+
+    async def _finish_once_read(self) -> None:
+        pause_s = LOOK_AGAIN_MIN_S
+        while self._held_back and self._stream.unread:
+            # Nothing announces that a peer has read: look again, less and less often.
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LOOK_AGAIN_MAX_S)
+        if self._held_back:
+            self._finish()
 
     async def request(
         self,
@@ -145,6 +217,7 @@ class BackendChannel:
         assert rule.fds_min <= len(fds) <= rule.fds_max, "descriptors of another request"
         async with self._turn:
             try:
+                await self._finish_once_read()  # what a predecessor began
                 return await self._request(request, payload, fds, may_begin)
             except (Disconnected, FrontendError, HostError, trio.ClosedResourceError) as error:
                 self.close()
@@ -156,17 +229,10 @@ class BackendChannel:
         while True:
             if not may_begin():
                 raise NotBegun
-            if self._stream.send_now(data[:-1], fds):
+            if self._begin(data, fds):
                 break
             await self._stream.wait_writable()
-        self._held_back = data[-1:]
-        pause_s = LOOK_AGAIN_MIN_S
-        while self._held_back and self._stream.unread:
-            # Nothing announces that a peer has read: look again, less and less often.
-            await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LOOK_AGAIN_MAX_S)
-        if self._held_back:
-            self._finish()
+        await self._finish_once_read()
 
     async def _request(
         self,
@@ -175,6 +241,8 @@ class BackendChannel:
         fds: Sequence[OwnedFd],
         may_begin: Callable[[], bool],
     ) -> int | None:
+        if self.closed:
+            raise Disconnected("closed on this side")
         if len(self._given_up) >= UNANSWERED_MAX:
             raise FrontendError(f"{len(self._given_up)} requests are unanswered")
         asks = self._reply_ack or BACKEND_RULES[request].reply is not None
@@ -198,7 +266,7 @@ class BackendChannel:
 
     async def _answer(self, request: BackendRequest) -> int:
         """Wait for the answer to request; what was read is kept when this is cancelled."""
-        while len(self._received) < _ANSWER_SIZE:
+        while not self._has_answer_to(request):
             read = self._stream.try_read(_ANSWER_SIZE - len(self._received))
             if read is None:
                 await self._stream.wait_readable()
@@ -208,13 +276,49 @@ class BackendChannel:
             if not read.data:
                 raise Disconnected("the VMM hung up")
             self._received += read.data
-            self._check_header(request)
         answer, self._received = self._received, b""
         return U64.parse(answer[HEADER.size :]).value
 
-    def _check_header(self, request: BackendRequest) -> None:
+    def _has_answer_to(self, request: BackendRequest) -> bool:
+        """Whether its answer was received whole; one to a predecessor's request is dropped.
+
+        Raises:
+            FrontendError: what was received is no answer to it.
+        """
         if len(self._received) < HEADER.size:
-            return
+            return False
         number, flags, size = HEADER.unpack_from(self._received)
-        if (number, flags, size) != (request, _ANSWER_FLAGS, U64.LAYOUT.size):
+        fits = (flags, size) == (_ANSWER_FLAGS, U64.LAYOUT.size)
+        if not fits or (number != request and not self._stale_answers):
             raise FrontendError(f"answer {number} flags {flags:#x} size {size} to {request.name}")
+        if len(self._received) < _ANSWER_SIZE:
+            return False
+        if number != request:
+            self._received = b""
+            return False
+        return True
+
+
+def _new_outbox() -> OwnedFd:
+    return OwnedFd(os.memfd_create("vhostd-outbox", os.MFD_CLOEXEC))
+
+
+class _Request(NamedTuple):
+    begin: int
+    end: int
+    carries_fds: bool
+
+
+def _last_request(outbox: OwnedFd) -> _Request | None:
+    """Where in the outbox the last request lies; they follow one another from its beginning."""
+    found = None
+    size, begin = os.fstat(outbox.fileno()).st_size, 0
+    while begin < size:
+        header = os.pread(outbox.fileno(), HEADER.size, begin)
+        if len(header) < HEADER.size:
+            break
+        request, _flags, payload_size = HEADER.unpack(header)
+        carries_fds = request in BACKEND_RULES and BACKEND_RULES[request].fds_max > 0
+        found = _Request(begin, begin + HEADER.size + payload_size, carries_fds)
+        begin = found.end
+    return found

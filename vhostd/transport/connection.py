@@ -1,26 +1,48 @@
-"""A vhost-user connection: whole messages in, whole replies out.
+"""A vhost-user connection: whole messages in.
 
-Knows how a message is cut off a socket. The native worker watches the socket between messages, so
-receive() says when there is nothing more instead of waiting for it. Must not know sessions.
+A message that is there as a whole is left in the socket until it has been answered, so that a
+successor of a process that died meanwhile finds it. Knows how a message is cut off a socket. The
+native worker watches the socket between messages, so receive() says when there is nothing more
+instead of waiting for it. Must not know sessions.
 """
 
 from __future__ import annotations
 
 import socket
+from enum import Enum
+from typing import Final
 
 import trio
 
 from vhostd.protocol.framing import Framer, Message
-from vhostd.protocol.replies import Reply
+from vhostd.protocol.wire import HEADER, PAYLOAD_SIZE_MAX
 from vhostd.transport.stream import Disconnected, UnixStream
+
+PEEK_SIZE: Final = 4 * (HEADER.size + PAYLOAD_SIZE_MAX)
+"""Bytes; more than a message can have, since a sender may put several into one."""
+
+
+class _Look(Enum):
+    """What a look at the socket found."""
+
+    NOTHING = "no byte"
+    PART = "the beginning of a message"
+    WHOLE = "a message"
+    TAKE = "what can't be looked at as a whole, and must be taken out"
 
 
 class Connection:
-    """Owns a connected socket."""
+    """Owns a connected socket.
+
+    Attributes:
+        unread_size: bytes of the message received last that are still in the socket; 0: it came in
+            pieces, and was taken out.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._stream = UnixStream(sock)
         self._framer = Framer()
+        self.unread_size = 0
 
     def fileno(self) -> int:
         """The socket's descriptor, borrowed; -1 once closed."""
@@ -35,6 +57,11 @@ class Connection:
     def hung_up(self) -> bool:
         """The peer has closed its end, or we ours; messages may still be there to be read."""
         return self._stream.hung_up
+
+    def leave(self) -> None:
+        """Close our descriptor only: somebody else goes on with the connection."""
+        self._framer.close()
+        self._stream.close()
 
     def close(self) -> None:
         """Hang up and close the descriptors of a half-received message. Twice is fine."""
@@ -55,6 +82,13 @@ class Connection:
             HostError: no memory to receive it with.
         """
         await trio.lowlevel.checkpoint()
+        self.unread_size = 0
+        if self._framer.at_boundary:
+            look, message = self._look()
+            if look is _Look.PART:
+                look, message = await self._look_on()
+            if look is not _Look.TAKE:
+                return message
         while True:
             read = self._stream.try_read(self._framer.bytes_wanted())
             if read is None:
@@ -69,21 +103,52 @@ class Connection:
                 self._framer.end_of_stream()
                 raise Disconnected("the VMM hung up")
 
+    def _look(self) -> tuple[_Look, Message | None]:
+        """What is there, and the next message if all of it is."""
+        read = self._stream.peek(PEEK_SIZE)
+        if read is None:
+            return _Look.NOTHING, None
+        size = _message_size(read.data)
+        if size is None or len(read.data) < size:
+            for fd in read.fds:
+                fd.close()
+            # No look goes past descriptors, and at the end of the stream none sees more.
+            stuck = self._stream.unread_size > len(read.data) or self._stream.hung_up
+            whole_header = len(read.data) >= HEADER.size
+            return (_Look.TAKE if stuck or (whole_header and size is None) else _Look.PART), None
+        fds, fds_lost = read.fds, read.fds_lost
+        if (fds or fds_lost) and not self._stream.came_at_once(len(read.data)):
+            for fd in fds:
+                fd.close()  # a later message's, or only its payload's
+            fds, fds_lost = (), False
+        message = self._framer.receive(read.data[: HEADER.size], fds, fds_lost=fds_lost)
+        if message is None:
+            message = self._framer.receive(read.data[HEADER.size : size])
+        self.unread_size = size
+        return _Look.WHOLE, message
+
+    async def _look_on(self) -> tuple[_Look, Message | None]:
+        """Wait until a message of which a part is there is whole, or can't be looked at."""
+        with self._stream.watch_arrivals() as arrivals:
+            while True:
+                arrivals.seen()
+                look, message = self._look()
+                if look is not _Look.PART:
+                    return look, message
+                await arrivals.wait()
+
+    async def wait_writable(self) -> None:
+        """Wait until a reply may have room."""
+        await self._stream.wait_writable()
+
     async def wait_readable(self) -> None:
         """Wait until receive() has something to say, where no native worker watches the socket."""
         await self._stream.wait_readable()
 
-    async def send(self, reply: Reply) -> None:
-        """Send a reply with its descriptors, which are closed then.
 
-        Cancelled half-way, the connection is no longer of use: every later send() raises.
-
-        Raises:
-            Disconnected: the peer is gone, or an earlier reply was cut short.
-            HostError: its descriptors cannot be passed, or there is no memory.
-        """
-        try:
-            await self._stream.send(reply.data, reply.fds)
-        finally:
-            for fd in reply.fds:
-                fd.close()
+def _message_size(begin: bytes) -> int | None:
+    """Bytes of the message that begins so; None: that can't be said, or is too much."""
+    if len(begin) < HEADER.size:
+        return None
+    payload_size: int = HEADER.unpack_from(begin)[2]
+    return None if payload_size > PAYLOAD_SIZE_MAX else HEADER.size + payload_size

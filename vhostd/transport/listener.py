@@ -15,6 +15,7 @@ from typing import Final, Self
 import trio
 
 from vhostd.errors import ConfigError
+from vhostd.fds import OwnedFd
 from vhostd.transport.connection import Connection
 
 SOCKET_MODE: Final = 0o660
@@ -100,10 +101,18 @@ class Listener:
         if self._path is not None and _identity(self._path) == self._identity:
             self._path.unlink()
 
-    def leave(self) -> None:
-        """Stop listening here but keep the path: a successor holds the same socket."""
+    @classmethod
+    def adopt(cls, fd: OwnedFd, path: Path) -> Self | None:
+        """Go on with a predecessor's socket; None if it listens elsewhere, and is closed."""
+        sock = socket.socket(fileno=fd.take())
+        if sock.getsockname() != os.fspath(path) or not path.is_socket():
+            sock.close()
+            return None
+        return cls(sock, path)
+
+    def leave_path(self) -> None:
+        """Keep the path when we close: a successor holds the same socket."""
         self._path = None
-        self.close()
 
 
 def from_passed_fd(fd: int) -> Listener | Connection:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
+import mmap
+import os
 import select
 import socket
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -24,6 +28,21 @@ _INT: Final = Struct("=i")
 _UCRED: Final = Struct("=iII")  # struct ucred: pid, uid, gid
 _FD_SIZE: Final = array.array("i").itemsize
 _ANCILLARY_SIZE: Final = socket.CMSG_SPACE(FDS_PER_READ_MAX * _FD_SIZE)
+
+
+def _nowhere() -> mmap.mmap:
+    """Memory behind the end of its file: the kernel fails to write to it, we must not try."""
+    fd = os.memfd_create("nowhere", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+        found = mmap.mmap(fd, mmap.PAGESIZE)
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+    return found
+
+
+_NOWHERE: Final = _nowhere()
 
 
 class Disconnected(Exception):
@@ -43,6 +62,21 @@ class Read:
     data: bytes
     fds: tuple[OwnedFd, ...] = ()
     fds_lost: bool = False
+
+
+class Arrivals:
+    """Made by UnixStream.watch_arrivals()."""
+
+    def __init__(self, watch: select.epoll) -> None:
+        self._watch = watch
+
+    def seen(self) -> None:
+        """What has come so far is known; call it before looking."""
+        self._watch.poll(0)
+
+    async def wait(self) -> None:
+        """Wait until more came since seen(), or the peer hung up."""
+        await trio.lowlevel.wait_readable(self._watch.fileno())
 
 
 class UnixStream:
@@ -121,11 +155,38 @@ class UnixStream:
             Disconnected: the connection was reset, or close() was called.
             HostError: no memory for it; nothing was lost.
         """
+        return self._receive(size, 0)
+
+    def peek(self, size: int) -> Read | None:
+        """As try_read(), but all stays where it is; descriptors are duplicates.
+
+        It ends with what the first descriptors came with, even where that leaves room.
+        """
+        return self._receive(size, socket.MSG_PEEK)
+
+    def came_at_once(self, size: int) -> bool:
+        """Whether the next `size` bytes, which must be there, are of one send by the peer.
+
+        Descriptors are with the first bytes of what was sent with them, but a look goes on over
+        what came without any until it finds some, and does not say where.
+        """
+        # What was sent at once is copied at once or not at all: so where the copy fails at the last
+        # byte, which is not to be written to, the ones before are lost exactly then.
+        room: list[bytearray | memoryview] = [bytearray(size - 1), memoryview(_NOWHERE)[:1]]
+        try:
+            self._socket.recvmsg_into(room, 0, socket.MSG_PEEK)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise HostError(error.errno, f"cannot receive: {error.strerror}") from error
+            return True
+        return False
+
+    def _receive(self, size: int, flags: int) -> Read | None:
         if self.closed:
             raise Disconnected("closed on this side")
         try:
-            data, ancillary, flags, _address = self._socket.recvmsg(
-                size, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+            data, ancillary, seen, _address = self._socket.recvmsg(
+                size, _ANCILLARY_SIZE, flags | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None
@@ -133,7 +194,19 @@ class UnixStream:
             raise Disconnected(f"connection lost: {error.strerror}") from error
         except OSError as error:
             raise HostError(error.errno, f"cannot receive: {error.strerror}") from error
-        return Read(data, _received_fds(ancillary), bool(flags & socket.MSG_CTRUNC))
+        return Read(data, _received_fds(ancillary), bool(seen & socket.MSG_CTRUNC))
+
+    @property
+    def unread_size(self) -> int:
+        """Bytes that are there to be read."""
+        return int(_INT.unpack(fcntl.ioctl(self._socket, termios.FIONREAD, bytes(_INT.size)))[0])
+
+    @contextmanager
+    def watch_arrivals(self) -> Iterator[Arrivals]:
+        """Tell of bytes that come, while others are left unread."""
+        with select.epoll() as watch:
+            watch.register(self._socket, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+            yield Arrivals(watch)
 
     @property
     def unread(self) -> bool:
@@ -168,6 +241,24 @@ class UnixStream:
         # A UNIX stream socket cuts a message only where it exceeds a buffer of many KiB.
         assert sent == len(data), "a short message was cut"
         return True
+
+    def send_from(self, fd: int, size: int) -> int:
+        """Send bytes of a file from its position on, which moves with them; how many, 0: no room.
+
+        Raises:
+            Disconnected: the peer is gone.
+            HostError: they cannot be sent.
+        """
+        if self.closed:
+            raise Disconnected("closed on this side")
+        try:
+            return os.sendfile(self.fileno(), fd, None, size)
+        except BlockingIOError:
+            return 0
+        except ConnectionError as error:
+            raise Disconnected(f"connection lost: {error.strerror}") from error
+        except OSError as error:
+            raise HostError(error.errno, f"cannot send: {error.strerror}") from error
 
     async def wait_writable(self) -> None:
         """Wait until send_now() may have room."""

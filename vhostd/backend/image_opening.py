@@ -1,0 +1,50 @@
+"""A pmem device's image, opened anew or as a predecessor had it open.
+
+A predecessor's open file is worth more than the file: it has the lock, and the kernel tells each
+open file of a write error once. Must not know VMMs or what the image is for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vhostd import _native
+from vhostd.backend.left import Left
+from vhostd.devices.pmem import PmemOptions
+from vhostd.images.image_file import ImageUnusable, OpenImage, open_image
+
+
+def open_for(options: PmemOptions, left: Left | None) -> OpenImage:
+    """The image, open and locked; blocks as long as storage likes.
+
+    Raises:
+        ImageUnusable: it can't be served.
+    """
+    path = Path(options.file)
+    if left is not None:
+        file, witness = left.take("image"), left.take("witness")
+        if file is not None and witness is not None:
+            status = os.fstat(file.fileno())
+            size = os.lseek(file.fileno(), 0, os.SEEK_END)
+            identity = (status.st_dev, status.st_ino)
+            return OpenImage(path, file, witness, identity, size, locked=True)
+    return open_image(path, options.size, readonly=options.readonly)
+
+
+def native_image(opened: OpenImage, left: Left | None) -> _native.Image:
+    """The native side of an open image, with what a predecessor knew of its syncs.
+
+    Raises:
+        ImageUnusable: no memory or descriptor for it.
+    """
+    shared = None if left is None else left.take("image-state")
+    try:
+        return _native.Image(
+            opened.file.fileno(),
+            opened.witness.fileno(),
+            -1 if shared is None else shared.fileno(),
+        )
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ImageUnusable(f"{opened.path}: can't be served: {reason}") from error

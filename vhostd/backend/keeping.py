@@ -1,0 +1,127 @@
+"""What a successor gets of one VM: its state, committed before anybody learns of a change.
+
+Knows records and where they go. Must not know what they mean, nor how a successor uses them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from vhostd.backend.lasting import Lasting
+from vhostd.devices.base import Device
+from vhostd.handover.fd_store import DeviceKeeping, FdStore, NoStore
+from vhostd.handover.state_memfd import StateMemfd, StateTooLarge
+from vhostd.handover.vm_record import (
+    VERSION,
+    DeviceRecord,
+    Owed,
+    VmRecord,
+    encode,
+    encode_device,
+)
+from vhostd.session.state import SessionState
+
+STATE: Final = "state"
+CAPACITY_FIRST: Final = 16384
+"""Bytes; a balloon and a virtio-mem device of a few hundred runs need some 4 KiB."""
+
+
+class VmKeeping:
+    """A VM's state memfd, and the descriptors that are no single device's.
+
+    Attributes:
+        store: where descriptors are kept.
+        active: there is a store at all; without one nothing is recorded.
+        lasting: what outlives the host; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        store: FdStore,
+        vm_name: str,
+        adopted: StateMemfd | None = None,
+        lasting: Lasting | None = None,
+    ) -> None:
+        """adopted: a predecessor's memfd, ours from here on."""
+        self.lasting = lasting
+        self.store = store
+        self.active = not isinstance(store, NoStore)
+        self._vm_name = vm_name
+        self._wide = DeviceKeeping(store, vm_name)
+        self._devices: dict[str, msgspec.Raw] = {}
+        self._goal: tuple[int, int, bool] | None = None
+        self._memfd = adopted
+        if adopted is not None:
+            self._wide.adopt(STATE)
+
+    def begin_with(self, record: VmRecord) -> None:
+        """What a predecessor recorded stays until it is replaced."""
+        self._devices = dict(record.devices)
+        self._goal = record.goal
+
+    @classmethod
+    def none(cls) -> VmKeeping:
+        """Nobody keeps anything."""
+        return cls(NoStore(), "")
+
+    def of_device(self, device: str) -> DeviceKeeping:
+        """Where the descriptors of a device go."""
+        return DeviceKeeping(self.store, self._vm_name, device)
+
+    def commit(
+        self,
+        name: str,
+        device: Device,
+        session: SessionState | None,
+        owed: Owed | None,
+        next_event: int,
+    ) -> None:
+        """Record a device's state; once this returns a successor goes on from there.
+
+        Args:
+            name: of the device.
+            session, owed: of its connection, None where there is none.
+            next_event: number of the event stream's next event.
+
+        Raises:
+            HostError: no memory for it.
+        """
+        if self.lasting is not None:
+            self.lasting.note(name, device.lasting())
+        if self.active:
+            self._devices[name] = encode_device(DeviceRecord(device.save(), session, owed))
+            self._write(next_event)
+
+    def commit_goal(self, goal: tuple[int, int, bool] | None, next_event: int) -> None:
+        """Record what `memory set` is after."""
+        if self.active and goal != self._goal:
+            self._goal = goal
+            self._write(next_event)
+
+    def leave(self) -> None:
+        """Record nothing any more: what comes now is only our own end."""
+        self.active = False
+
+    def _write(self, next_event: int) -> None:
+        payload = encode(VmRecord(VERSION, self._vm_name, self._devices, self._goal, next_event))
+        if self._memfd is None:
+            self._replace(StateMemfd.create(f"vhostd-{self._vm_name}", CAPACITY_FIRST))
+        assert self._memfd is not None, "made above"
+        try:
+            self._memfd.write(payload)
+        except StateTooLarge:
+            self._replace(self._memfd.grown(2 * len(payload)))
+            self._memfd.write(payload)
+
+    def _replace(self, memfd: StateMemfd) -> None:
+        old, self._memfd = self._memfd, memfd
+        self._wide.keep(STATE, memfd.fileno())
+        if old is not None:
+            old.close()
+
+    def close(self) -> None:
+        """Let go of the memfd; the store has it."""
+        if self._memfd is not None:
+            self._memfd.close()

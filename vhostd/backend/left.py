@@ -1,0 +1,132 @@
+"""What a predecessor left of one connection: its record, and the descriptors in the store.
+
+Hands them out once each. Must not know what becomes of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from vhostd import _native
+from vhostd.backend.keeping import STATE
+from vhostd.devices.base import Device, JsonObject
+from vhostd.fds import OwnedFd
+from vhostd.handover.fd_store import VM_WIDE, DeviceKeeping, FdStore, KeptFds
+from vhostd.handover.state_memfd import StateMemfd
+from vhostd.handover.vm_record import DeviceRecord, VmRecord, decode, decode_device
+from vhostd.memory.registry import MemoryRegistry
+from vhostd.session.state import SessionState
+from vhostd.transport.backend_channel import BackendChannel
+from vhostd.transport.connection import Connection
+
+
+class Left:
+    """One device's legacy.
+
+    Attributes:
+        record: what its state memfd says.
+        session: of the connection.
+    """
+
+    def __init__(
+        self, record: DeviceRecord, session: SessionState, kept: KeptFds, names: DeviceKeeping
+    ) -> None:
+        self.record = record
+        self.session = session
+        self._kept = kept
+        self._names = names
+
+    def take(self, role: str) -> OwnedFd | None:
+        """The descriptor of a role, ours from here on; None: it was not kept."""
+        return self._kept.take(self._names.name(role))
+
+    def native(self, device: Device) -> _native.Device:
+        """The worker's side of the device.
+
+        Raises:
+            OSError: it was not kept, or is of another release or kind of device.
+        """
+        shared, reply = self.take("shared"), self.take("reply")
+        if shared is None or reply is None:
+            raise OSError(errno.ENOENT, "the worker's memory was not kept")
+        with shared, reply:
+            return _native.Device.adopt(
+                shared.fileno(),
+                reply.fileno(),
+                device.queue_count,
+                device.config_size,
+                device.config_writable,
+            )
+
+    def connection(self) -> Connection | None:
+        """The VMM's socket."""
+        file = self.take("connection")
+        return None if file is None else Connection(socket.socket(fileno=file.take()))
+
+    def channel(self, *, reply_ack: bool) -> BackendChannel | None:
+        """The channel for back-end requests, in the middle of one maybe."""
+        file, outbox = self.take("channel"), self.take("outbox")
+        if file is None or outbox is None:
+            return None
+        return BackendChannel.resume(file, outbox, reply_ack=reply_ack)
+
+
+class VmLeft:
+    """What a predecessor left of a VM; made by read().
+
+    Attributes:
+        record: what its state memfd says.
+    """
+
+    def __init__(self, record: VmRecord, kept: KeptFds) -> None:
+        self.record = record
+        self._kept = kept
+        self._devices = {name: decode_device(raw) for name, raw in record.devices.items()}
+
+    def device(self, name: str) -> JsonObject | None:
+        """What a device had saved."""
+        record = self._devices.get(name)
+        return None if record is None else record.device
+
+    def of(self, name: str, names: DeviceKeeping) -> Left | None:
+        """What was left of a device's connection, if it had one."""
+        record = self._devices.get(name)
+        if record is None or record.session is None:
+            return None
+        return Left(record, record.session, self._kept, names)
+
+    def close(self, vm_name: str, store: FdStore) -> None:
+        """Let go of what nobody wanted."""
+        self._kept.let_go(f"{vm_name}/", store)
+
+    async def map_memory(self, vm_name: str, registry: MemoryRegistry) -> None:
+        """Map the VM's memory files, with what is known of the balloon in them.
+
+        Raises:
+            OSError: it can't be.
+        """
+        prefix = f"{vm_name}/{VM_WIDE}/"
+        for name in self._kept.names(prefix + "memory."):
+            file = self._kept.take(name)
+            bitmap = self._kept.take(name.replace("/memory.", "/bitmap."))
+            if file is None:
+                continue
+            await registry.adopt(vm_name, file, bitmap)
+
+
+def read_left(vm_name: str, kept: KeptFds) -> tuple[VmLeft, StateMemfd] | None:
+    """What a predecessor left of a VM, and its state memfd; None: nothing.
+
+    Raises:
+        StateDamaged, StateVersionUnknown: it left something that is not to be trusted.
+    """
+    file = kept.take(f"{vm_name}/{VM_WIDE}/{STATE}")
+    if file is None:
+        return None
+    memfd = StateMemfd.adopt(file)
+    payload = memfd.read()
+    if payload is None:
+        memfd.close()
+        return None
+    return VmLeft(decode(payload), kept), memfd

@@ -1,0 +1,67 @@
+"""A VM's devices as an operator sees them. Reads seats; changes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from vhostd import _native
+from vhostd.backend.seat import DeviceSeat
+
+JsonObject = dict[str, Any]
+
+NO_COUNTERS: Final = _native.BalloonCounters().as_dict()
+"""What the counters are while no VMM is connected."""
+
+NO_COUNTS: Final = {
+    "messages_refused": 0,
+    "chains_refused": 0,
+    "config_changes": 0,
+    "config_reads": 0,
+    "config_writes": 0,
+}
+
+
+def describe(
+    seats: Mapping[str, DeviceSeat], mems: Sequence[str], pmems: Sequence[str]
+) -> JsonObject:
+    """The part of a VM's status that is its devices' and their connections'."""
+    devices = {name: _describe_device(seat) for name, seat in seats.items()}
+    return {
+        **({"balloon": devices["balloon"]} if "balloon" in devices else {}),
+        "mem": [devices[name] for name in mems],
+        "pmem": [devices[name] for name in pmems],
+        "connections": sum(seat.connections for seat in seats.values()),
+        "connections_refused": sum(seat.connections_refused for seat in seats.values()),
+        "faults": _faults(seats),
+        **_counts(seats),
+    }
+
+
+def _describe_device(seat: DeviceSeat) -> JsonObject:
+    connection = seat.connection
+    counters = NO_COUNTERS if connection is None else connection.counters()
+    status = seat.device.status(counters, time.time())
+    status["state"] = seat.state
+    status["queues"] = {} if connection is None else connection.queues()
+    return status
+
+
+def _faults(seats: Mapping[str, DeviceSeat]) -> dict[str, str]:
+    """Quarantined rings by index; of other devices than the balloon, by id/index."""
+    return {
+        str(index) if name == "balloon" else f"{name}/{index}": fault
+        for name, seat in seats.items()
+        if seat.connection is not None
+        for index, fault in seat.connection.faults.items()
+    }
+
+
+def _counts(seats: Mapping[str, DeviceSeat]) -> Mapping[str, int]:
+    counts = dict(NO_COUNTS)
+    for seat in seats.values():
+        if seat.connection is not None:
+            for name, count in seat.connection.counts().items():
+                counts[name] += count
+    return counts

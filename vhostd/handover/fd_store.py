@@ -1,0 +1,252 @@
+"""What a successor gets: descriptors by name in the service manager's store, and back from it.
+
+One mechanism for systemd and for our own keeper. Must not know what a descriptor is for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from vhostd import systemd
+from vhostd.fds import OwnedFd
+from vhostd.log import LogEvent, get_logger
+
+AVAILABLE: Final = "FDSTORE"
+"""How many descriptors the manager keeps: systemd 254 and later, our keeper; a unit may say it."""
+
+SEND_TIMEOUT_S: Final = 1.0
+"""A manager that takes in nothing for so long is not waited for any more."""
+
+VM_WIDE: Final = "-"
+"""In place of a device's id, which never begins with it."""
+
+
+class FdStore(Protocol):
+    """Where descriptors are kept."""
+
+    def keep(self, name: str, fd: int) -> None:
+        """Have a descriptor kept, in place of what had this name; it stays the caller's."""
+
+    def forget(self, name: str) -> None:
+        """Have it kept no longer."""
+
+    def adopt(self, name: str, generations: Mapping[int, int]) -> None:
+        """It is in the store already, from a predecessor; generations: number and descriptor."""
+
+    def forget_older(self, name: str) -> None:
+        """Have but the newest of this name kept."""
+
+    def leave(self) -> None:
+        """Change nothing any more: what comes now is only our own end."""
+
+
+class NoStore:
+    """Nobody keeps anything: when the process dies, so do its connections."""
+
+    def keep(self, name: str, fd: int) -> None:
+        """Not."""
+
+    def forget(self, name: str) -> None:
+        """Nothing was kept."""
+
+    def adopt(self, name: str, generations: Mapping[int, int]) -> None:
+        """There is none."""
+
+    def forget_older(self, name: str) -> None:
+        """Nothing was kept."""
+
+    def leave(self) -> None:
+        """Nothing was kept."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What is stored of a name: generations, the newest last, and which file that is."""
+
+    generations: list[int] = field(default_factory=list)
+    identity: tuple[int, int, str] | None = None
+
+
+def _name_of(name: str, generation: int) -> str:
+    return f"{name}~{generation}" if generation else name
+
+
+def _parse(stored: str) -> tuple[str, int]:
+    name, _, generation = stored.rpartition("~")
+    return (name, int(generation)) if name and generation.isdigit() else (stored, 0)
+
+
+def _identity(fd: int) -> tuple[int, int, str]:
+    """Tells files apart that take turns under one name; eventfds share an inode."""
+    status = os.fstat(fd)
+    number = ""
+    if stat.S_IFMT(status.st_mode) == 0:
+        text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        number = next((line for line in text.splitlines() if line.startswith("eventfd-id")), "")
+    return status.st_dev, status.st_ino, number
+
+
+class ManagerStore:
+    """The service manager's store. A manager that fails us is told of once, and left alone."""
+
+    def __init__(self, address: str) -> None:
+        """address: NOTIFY_SOCKET.
+
+        Raises:
+            OSError: it can't be reached.
+        """
+        self._entries: dict[str, _Entry] = {}
+        self._socket: socket.socket | None = socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        )
+        self._socket.settimeout(SEND_TIMEOUT_S)
+        self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+
+    def keep(self, name: str, fd: int) -> None:
+        identity = _identity(fd)
+        entry = self._entries.setdefault(name, _Entry())
+        if entry.identity == identity and entry.generations:
+            return  # the manager would go on with the name it has, and not take another
+        # First the new one, so that a successor never finds none.
+        generation = max(entry.generations, default=-1) + 1
+        old, entry.generations, entry.identity = entry.generations, [generation], identity
+        stored = _name_of(name, generation)
+        assert systemd.is_fd_name(stored), stored
+        # Hung up or not, it is for us to say when it is needed no more.
+        self._send(f"FDSTORE=1\nFDNAME={stored}\nFDPOLL=0", fd)
+        self._remove(name, old)
+
+    def adopt(self, name: str, generations: Mapping[int, int]) -> None:
+        entry = self._entries[name] = _Entry(sorted(generations))
+        entry.identity = _identity(generations[entry.generations[-1]])
+
+    def forget(self, name: str) -> None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            self._remove(name, entry.generations)
+
+    def forget_older(self, name: str) -> None:
+        entry = self._entries.get(name)
+        if entry is not None:
+            old, entry.generations = entry.generations[:-1], entry.generations[-1:]
+            self._remove(name, old)
+
+    def _remove(self, name: str, generations: Iterable[int]) -> None:
+        for generation in generations:
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={_name_of(name, generation)}", None)
+
+    def leave(self) -> None:
+        """Change nothing any more: what comes now is only our own end."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _send(self, text: str, fd: int | None) -> None:
+        if self._socket is None:
+            return
+        try:
+            socket.send_fds(self._socket, [text.encode()], [] if fd is None else [fd])
+        except OSError as error:
+            self._socket.close()
+            self._socket = None
+            get_logger().error(
+                LogEvent.HOST_ERROR,
+                error=f"service manager's fd store: {error}",
+                consequence="a successor can't take these VMs over",
+            )
+
+
+def open_store(environment: Mapping[str, str] = os.environ) -> NoStore | ManagerStore:
+    """The service manager's store, if it says that it has one."""
+    room = environment.get(AVAILABLE, "")
+    address = environment.get("NOTIFY_SOCKET", "")
+    if not address or not room.isdigit() or int(room) == 0:
+        return NoStore()
+    return ManagerStore(address)
+
+
+class KeptFds:
+    """What a predecessor had kept, by VM, device and role; each can be taken once.
+
+    Where it died between storing a descriptor and removing the one before, the newest counts.
+    """
+
+    def __init__(self, passed: Mapping[str, list[OwnedFd]]) -> None:
+        """passed: descriptors by the names they have in the store, ours from here on."""
+        self._by_name: defaultdict[str, dict[int, OwnedFd]] = defaultdict(dict)
+        for stored, fds in passed.items():
+            name, generation = _parse(stored)
+            for fd in fds[1:]:
+                fd.close()  # never two of a name
+            self._by_name[name][generation] = fds[0]
+        self._taken: set[str] = set()
+
+    def tell(self, store: FdStore) -> None:
+        """Have a store know of all that is in it."""
+        for name, fds in self._by_name.items():
+            store.adopt(name, {generation: fd.fileno() for generation, fd in fds.items()})
+
+    def take(self, name: str) -> OwnedFd | None:
+        """The descriptor of this name, or None."""
+        fds = self._by_name.get(name)
+        if not fds or name in self._taken:
+            return None
+        self._taken.add(name)
+        return fds.pop(max(fds))
+
+    def vms(self) -> set[str]:
+        """The VMs of which there is anything."""
+        return {name.partition("/")[0] for name in self._by_name if name.count("/") == 2}
+
+    def names(self, prefix: str) -> list[str]:
+        """Those that begin with it, taken or not."""
+        return [name for name in self._by_name if name.startswith(prefix)]
+
+    def let_go(self, prefix: str, store: FdStore) -> None:
+        """Close what nobody took, and have it kept no longer."""
+        for name in self.names(prefix):
+            for fd in self._by_name.pop(name).values():
+                fd.close()
+            if name in self._taken:
+                store.forget_older(name)
+            else:
+                store.forget(name)
+
+
+class DeviceKeeping:
+    """Descriptors of one device, or of a VM as a whole, under its own names."""
+
+    def __init__(self, store: FdStore, vm_name: str, device: str = VM_WIDE) -> None:
+        self._store = store
+        self._prefix = f"{vm_name}/{device}/"
+        self._roles: set[str] = set()
+
+    def name(self, role: str) -> str:
+        """What a role's descriptor is called in the store."""
+        return self._prefix + role
+
+    def keep(self, role: str, fd: int) -> None:
+        """Have a descriptor kept, in place of what had this role."""
+        self._roles.add(role)
+        self._store.keep(self.name(role), fd)
+
+    def adopt(self, *roles: str) -> None:
+        """These are in the store already, from a predecessor."""
+        self._roles.update(roles)
+
+    def forget(self, role: str) -> None:
+        """Have it kept no longer."""
+        self._roles.discard(role)
+        self._store.forget(self.name(role))
+
+    def forget_all(self, *, but: str = "") -> None:
+        """Have nothing of it kept any more, except the role `but`."""
+        for role in sorted(self._roles - {but}):
+            self.forget(role)
