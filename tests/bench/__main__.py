@@ -21,7 +21,16 @@ from pathlib import Path
 import trio
 from vhostd.units import GiB, MiB, format_size
 
-from tests.bench import guest_run, mem_look, mem_run, pmem_run, recording, replay, wakeup
+from tests.bench import (
+    guest_run,
+    mem_look,
+    mem_run,
+    pmem_run,
+    recording,
+    replay,
+    takeover_run,
+    wakeup,
+)
 from tests.bench.figures import BenchFailed, Findings
 from tests.bench.native import build
 from tests.bench.pmem_run import PmemEffort
@@ -29,7 +38,7 @@ from tests.daemon import ControlFailed, DaemonFailed
 from tests.vm.cache import StackError
 from tests.vm.guest import GuestBootError, GuestCommandError, QemuDied
 
-PARTS = ("replay", "wakeup", "guest", "mem", "pmem")
+PARTS = ("replay", "wakeup", "guest", "mem", "pmem", "takeover")
 MEMORY_NEEDED = 4 * GiB
 MEMORY_NEEDED_MEM = 8 * GiB  # two guests with all they were given, side by side
 FAILURES = (
@@ -54,6 +63,7 @@ class Effort:
     resizes: int
     resets: int
     pmem: PmemEffort
+    kills: int
 
 
 FULL = Effort(
@@ -66,6 +76,7 @@ FULL = Effort(
     resizes=5,
     resets=3,
     pmem=PmemEffort(rounds=16, flushes=500, writes=240, early=6),
+    kills=100,
 )
 QUICK = Effort(
     replays=3,
@@ -77,6 +88,7 @@ QUICK = Effort(
     resizes=1,
     resets=1,
     pmem=PmemEffort(rounds=4, flushes=250, writes=96, early=2),
+    kills=20,
 )
 
 
@@ -140,6 +152,9 @@ def _measure(parts: Sequence[str], effort: Effort, folder: Path, findings: Findi
     if "pmem" in parts:
         _say(f"a real guest makes writes durable on four disks, {effort.pmem.rounds} rounds")
         trio.run(partial(pmem_run.measure, effort.pmem, folder, findings))
+    if "takeover" in parts:
+        _say(f"vhostd killed {effort.kills} times with a spare process, and as often without")
+        trio.run(partial(takeover_run.measure, effort.kills, folder, findings))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

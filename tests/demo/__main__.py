@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -117,6 +118,7 @@ class Demo:
         await scattered.wait()
         await self.report()
         await self.grow()
+        await self.die()
         await self.shrink()
         await self.lose_power()
 
@@ -178,6 +180,20 @@ class Demo:
         )
         step.host_got = f"nothing asked: blocks take memory when touched ({mib(after.host)})"
         self.end(step, len(grown) == 2 and sum(grown) >= seen and after.plugged == added)
+
+    async def die(self) -> None:
+        """vhostd is gone from one moment to the next; another goes on."""
+        step = self.begin("kill -9 of vhostd, which systemd or --keep starts again")
+        before, worker = await self.sample(), self.daemon.worker
+        begun_s = trio.current_time()
+        os.kill(worker, signal.SIGKILL)
+        await self.daemon.replaced(worker, "demo")
+        gone_s = trio.current_time() - begun_s
+        after = await self.sample()
+        step.guest_saw = f"nothing: MemTotal {mib(after.guest_total)} as before"
+        step.host_got = f"a successor answers after {gone_s:.1f} s, {mib(after.plugged)} plugged"
+        same = after.plugged == before.plugged and after.guest_total == before.guest_total
+        self.end(step, same and self.daemon.worker != worker)
 
     async def shrink(self) -> None:
         """Back to 1 GiB, after the added memory was used."""
@@ -261,7 +277,7 @@ async def demonstrate(screen: Screen) -> None:
         image = folder / "disk.img"
         create_image(image, DISK_SIZE)
         configuration = CONFIGURATION + DISK.format(image=image)
-        async with VhostdProcess.start(folder, configuration) as daemon:
+        async with VhostdProcess.start(folder, configuration, "--keep") as daemon:
             screen.say("booting a Linux 6.12 guest with 1 GiB in QEMU, its memory is vhostd's")
             async with boot(
                 stack,
