@@ -22,7 +22,6 @@ from vhostd.control.events import EventStream
 from vhostd.control.interface import VmView
 from vhostd.errors import HostError, VhostdError
 from vhostd.fds import OwnedFd
-from vhostd.handover.fd_store import NoStore
 from vhostd.handover.state_dir import StateDir
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
@@ -136,9 +135,9 @@ async def serve(
     log.info(LogEvent.DAEMON_STOPPED)
 
 
-def _tell_service_manager(*assignments: str) -> None:
+def _tell_service_manager(*assignments: str, wait: bool = True) -> None:
     try:
-        systemd.notify(*assignments)
+        systemd.notify(*assignments, wait=wait)
     except OSError as error:
         # Guests are served all the same; the manager will say by itself what it missed.
         get_logger().error(LogEvent.HOST_ERROR, error=f"service manager: {error}")
@@ -161,9 +160,9 @@ async def _stop_on_signal(
 ) -> None:
     async for number in signals:
         get_logger().info(LogEvent.DAEMON_STOPPING, signal=signal.Signals(number).name)
-        _tell_service_manager("STOPPING=1")
-        if not isinstance(legacy.store, NoStore):
-            legacy.leave()
+        _tell_service_manager("STOPPING=1", wait=False)
+        legacy.leave()
+        if legacy.store.certain:
             for _, of_vm in sources:
                 _leave(of_vm)
         scope.cancel()
@@ -181,7 +180,7 @@ async def _feed_watchdog() -> None:
     if interval_s is None:
         return
     while True:
-        _tell_service_manager("WATCHDOG=1")
+        _tell_service_manager("WATCHDOG=1", wait=False)
         await trio.sleep(interval_s / 2)
 
 

@@ -43,6 +43,7 @@ def notify(
     *assignments: str,
     fds: Sequence[HasFileno] = (),
     environment: Mapping[str, str] = os.environ,
+    wait: bool = True,
 ) -> bool:
     """Send assignments such as "READY=1" to the service manager; False when there is none.
 
@@ -51,10 +52,11 @@ def notify(
 
     Args:
         fds: sent along, FDS_PER_MESSAGE_MAX at most; they stay the caller's.
+        wait: for room in the manager's queue.
 
     Raises:
         ValueError: too many descriptors for one message.
-        OSError: NOTIFY_SOCKET is set but cannot be reached.
+        OSError: NOTIFY_SOCKET is set but cannot be reached; BlockingIOError if its queue is full.
     """
     if len(fds) > FDS_PER_MESSAGE_MAX:
         raise ValueError(f"{len(fds)} descriptors, a message holds {FDS_PER_MESSAGE_MAX}")
@@ -67,7 +69,8 @@ def notify(
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
         channel.connect(address)
-        channel.sendmsg(["\n".join(assignments).encode()], ancillary)
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        channel.sendmsg(["\n".join(assignments).encode()], ancillary, flags)
     return True
 
 

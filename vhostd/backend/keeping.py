@@ -33,7 +33,7 @@ class VmKeeping:
 
     Attributes:
         store: where descriptors are kept.
-        active: there is a store at all; without one nothing is recorded.
+        active: what happens is recorded, if there is a store.
         lasting: what outlives the host; None: nothing does.
     """
 
@@ -47,7 +47,7 @@ class VmKeeping:
         """adopted: a predecessor's memfd, ours from here on."""
         self.lasting = lasting
         self.store = store
-        self.active = not isinstance(store, NoStore)
+        self.active = True
         self._vm_name = vm_name
         self._wide = DeviceKeeping(store, vm_name)
         self._devices: dict[str, msgspec.Raw] = {}
@@ -90,13 +90,13 @@ class VmKeeping:
         """
         if self.lasting is not None:
             self.lasting.note(name, device.lasting())
-        if self.active:
+        if self.active and self.store.working:
             self._devices[name] = encode_device(DeviceRecord(device.save(), session, owed))
             self._write(next_event)
 
     def commit_goal(self, goal: tuple[int, int, bool] | None, next_event: int) -> None:
         """Record what `memory set` is after."""
-        if self.active and goal != self._goal:
+        if self.active and self.store.working and goal != self._goal:
             self._goal = goal
             self._write(next_event)
 

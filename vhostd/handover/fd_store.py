@@ -19,7 +19,7 @@ from vhostd.fds import OwnedFd
 from vhostd.log import LogEvent, get_logger
 
 AVAILABLE: Final = "FDSTORE"
-"""How many descriptors the manager keeps: systemd 254 and later, our keeper; a unit may say it."""
+"""How many descriptors are kept: said by systemd 254 and later, by our keeper, or by a unit."""
 
 SEND_TIMEOUT_S: Final = 1.0
 """A manager that takes in nothing for so long is not waited for any more."""
@@ -29,7 +29,18 @@ VM_WIDE: Final = "-"
 
 
 class FdStore(Protocol):
-    """Where descriptors are kept."""
+    """Where descriptors are kept.
+
+    Attributes:
+        certain: they are, as far as anybody can know.
+        working: nothing speaks against it.
+    """
+
+    @property
+    def certain(self) -> bool: ...
+
+    @property
+    def working(self) -> bool: ...
 
     def keep(self, name: str, fd: int) -> None:
         """Have a descriptor kept, in place of what had this name; it stays the caller's."""
@@ -49,6 +60,8 @@ class FdStore(Protocol):
 
 class NoStore:
     """Nobody keeps anything: when the process dies, so do its connections."""
+
+    certain = working = False
 
     def keep(self, name: str, fd: int) -> None:
         """Not."""
@@ -96,18 +109,27 @@ def _identity(fd: int) -> tuple[int, int, str]:
 class ManagerStore:
     """The service manager's store. A manager that fails us is told of once, and left alone."""
 
-    def __init__(self, address: str) -> None:
-        """address: NOTIFY_SOCKET.
+    def __init__(self, address: str, *, certain: bool = True) -> None:
+        """Reach it.
+
+        Args:
+            address: NOTIFY_SOCKET.
+            certain: the manager said that it has one. Otherwise it is not waited for.
 
         Raises:
             OSError: it can't be reached.
         """
+        self.certain = certain
         self._entries: dict[str, _Entry] = {}
         self._socket: socket.socket | None = socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
         )
-        self._socket.settimeout(SEND_TIMEOUT_S)
-        self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+        self._socket.settimeout(SEND_TIMEOUT_S if certain else 0)
+        try:
+            self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+        except OSError:
+            self._socket.close()
+            raise
 
     def keep(self, name: str, fd: int) -> None:
         identity = _identity(fd)
@@ -142,6 +164,11 @@ class ManagerStore:
         for generation in generations:
             self._send(f"FDSTOREREMOVE=1\nFDNAME={_name_of(name, generation)}", None)
 
+    @property
+    def working(self) -> bool:
+        """It took all that was sent."""
+        return self._socket is not None
+
     def leave(self) -> None:
         """Change nothing any more: what comes now is only our own end."""
         if self._socket is not None:
@@ -156,20 +183,28 @@ class ManagerStore:
         except OSError as error:
             self._socket.close()
             self._socket = None
-            get_logger().error(
-                LogEvent.HOST_ERROR,
-                error=f"service manager's fd store: {error}",
+            tell = get_logger().error if self.certain else get_logger().info
+            tell(
+                LogEvent.NO_FD_STORE,
+                error=str(error),
                 consequence="a successor can't take these VMs over",
             )
 
 
 def open_store(environment: Mapping[str, str] = os.environ) -> NoStore | ManagerStore:
-    """The service manager's store, if it says that it has one."""
-    room = environment.get(AVAILABLE, "")
+    """The service manager's store, unless it says that it has none.
+
+    systemd before 254 does not say either way.
+    """
+    room = environment.get(AVAILABLE)
     address = environment.get("NOTIFY_SOCKET", "")
-    if not address or not room.isdigit() or int(room) == 0:
+    if not address or (room is not None and (not room.isdigit() or int(room) == 0)):
         return NoStore()
-    return ManagerStore(address)
+    try:
+        return ManagerStore(address, certain=room is not None)
+    except OSError as error:
+        get_logger().error(LogEvent.NO_FD_STORE, error=f"{address}: {error.strerror}")
+        return NoStore()
 
 
 class KeptFds:
