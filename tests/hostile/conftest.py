@@ -12,7 +12,7 @@ from tests.hostile.oracle import Oracle
 
 PROGRAM = "vhostd-balloon"
 OFFER_ALL = ("--packed", "--in-order", "--page-poison")  # whatever it can do
-REPEATS_EVERYDAY = 200
+REPEATS_EVERYDAY = 100
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
