@@ -161,8 +161,9 @@ async def _stop_on_signal(
     async for number in signals:
         get_logger().info(LogEvent.DAEMON_STOPPING, signal=signal.Signals(number).name)
         _tell_service_manager("STOPPING=1", wait=False)
+        kept = legacy.store.working
         legacy.leave()
-        if legacy.store.certain:
+        if kept:
             for _, of_vm in sources:
                 _leave(of_vm)
         scope.cancel()

@@ -92,6 +92,12 @@ class BackendRequests:
             old.close()
         self._changed.set()
 
+    def leave(self) -> None:
+        """Let go of the channel, which a successor goes on with."""
+        if self._channel is not None:
+            self._channel.leave()
+            self._channel = None
+
     async def run(self) -> None:
         """Send what is wanted, until cancelled. A channel the VMM breaks is given up alone."""
         while True:

@@ -226,9 +226,10 @@ class DeviceConnection:
                     await self._worker.detach(self._native)
         finally:
             self._device.on_disconnected()
-            self._performer.close()
+            leave = self.left_alone or not self._shared.keeping.active
+            self._performer.close(leave=leave)
             self._native.close()
-            self._connection.close()
+            (self._connection.leave if leave else self._connection.close)()
 
     @asynccontextmanager
     async def _image_open(self) -> AsyncIterator[None]:

@@ -153,8 +153,10 @@ class ActionPerformer:
             self._kept.forget(role)
         self._obsolete.clear()
 
-    def close(self) -> None:
-        """Let go of everything; the native device is detached."""
+    def close(self, *, leave: bool) -> None:
+        """Let go of everything; the native device is detached. leave: to a successor."""
+        if leave:
+            self._requests.leave()
         self._requests.use(None)
         self._rings.close()
         self._memory.release()

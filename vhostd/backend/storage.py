@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, TypeVar
 
 import trio
@@ -292,12 +292,8 @@ class Storage:
         except OSError as error:
             self._perform(self.on_flush_failed())
             raise Refused(f"{self._device.options.id}: {os.strerror(error.errno or 0)}") from error
-        told = {
-            "device": self._device.options.id,
-            "cached_before": dropped.cached_before,
-            "cached_after": dropped.cached_after,
-            "why_not_all": dropped.why_not_all,
-        }
+        await self._look(image, opened)  # so that the status shows it at once
+        told = {"device": self._device.options.id, **asdict(dropped)}
         self._journal.publish(LogEvent.CACHE_DROPPED, told)
         return told
 

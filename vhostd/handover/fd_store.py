@@ -32,12 +32,8 @@ class FdStore(Protocol):
     """Where descriptors are kept.
 
     Attributes:
-        certain: they are, as far as anybody can know.
-        working: nothing speaks against it.
+        working: they are, as far as anybody can know.
     """
-
-    @property
-    def certain(self) -> bool: ...
 
     @property
     def working(self) -> bool: ...
@@ -61,7 +57,7 @@ class FdStore(Protocol):
 class NoStore:
     """Nobody keeps anything: when the process dies, so do its connections."""
 
-    certain = working = False
+    working = False
 
     def keep(self, name: str, fd: int) -> None:
         """Not."""
@@ -109,22 +105,17 @@ def _identity(fd: int) -> tuple[int, int, str]:
 class ManagerStore:
     """The service manager's store. A manager that fails us is told of once, and left alone."""
 
-    def __init__(self, address: str, *, certain: bool = True) -> None:
-        """Reach it.
-
-        Args:
-            address: NOTIFY_SOCKET.
-            certain: the manager said that it has one. Otherwise it is not waited for.
+    def __init__(self, address: str) -> None:
+        """address: NOTIFY_SOCKET.
 
         Raises:
             OSError: it can't be reached.
         """
-        self.certain = certain
         self._entries: dict[str, _Entry] = {}
         self._socket: socket.socket | None = socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
         )
-        self._socket.settimeout(SEND_TIMEOUT_S if certain else 0)
+        self._socket.settimeout(SEND_TIMEOUT_S)
         try:
             self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
         except OSError:
@@ -183,8 +174,7 @@ class ManagerStore:
         except OSError as error:
             self._socket.close()
             self._socket = None
-            tell = get_logger().error if self.certain else get_logger().info
-            tell(
+            get_logger().error(
                 LogEvent.NO_FD_STORE,
                 error=str(error),
                 consequence="a successor can't take these VMs over",
@@ -192,16 +182,17 @@ class ManagerStore:
 
 
 def open_store(environment: Mapping[str, str] = os.environ) -> NoStore | ManagerStore:
-    """The service manager's store, unless it says that it has none.
+    """The service manager's store, if it says that it has one.
 
-    systemd before 254 does not say either way.
+    It is not tried: what lies in the queue of a manager that does not read pins a guest's memory
+    and an image's lock long after the VM has gone.
     """
-    room = environment.get(AVAILABLE)
+    room = environment.get(AVAILABLE, "")
     address = environment.get("NOTIFY_SOCKET", "")
-    if not address or (room is not None and (not room.isdigit() or int(room) == 0)):
+    if not address or not room.isdigit() or int(room) == 0:
         return NoStore()
     try:
-        return ManagerStore(address, certain=room is not None)
+        return ManagerStore(address)
     except OSError as error:
         get_logger().error(LogEvent.NO_FD_STORE, error=f"{address}: {error.strerror}")
         return NoStore()

@@ -130,6 +130,11 @@ class BackendChannel:
 
     def close(self) -> None:
         """Hang up; a request under way raises ChannelClosed. Twice is fine."""
+        self._stream.hang_up()
+        self._outbox.close()
+
+    def leave(self) -> None:
+        """Close our descriptors only: a successor goes on with the channel."""
         self._stream.close()
         self._outbox.close()
 
@@ -252,7 +257,7 @@ class BackendChannel:
             await self._send_in_two(data, fds, may_begin)
         except trio.Cancelled:
             if self._held_back:
-                self.close()
+                self.leave()  # for a successor to finish, or the VMM is gone
             raise
         if not asks:
             return None

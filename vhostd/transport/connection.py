@@ -66,7 +66,7 @@ class Connection:
     def close(self) -> None:
         """Hang up and close the descriptors of a half-received message. Twice is fine."""
         self._framer.close()
-        self._stream.close()
+        self._stream.hang_up()
 
     async def receive(self) -> Message | None:
         """Read one message, waiting for its rest if only a part is there.

@@ -11,7 +11,7 @@ import select
 import socket
 import termios
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -141,8 +141,15 @@ class UnixStream:
         poll.register(self._socket, select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    def hang_up(self) -> None:
+        """Close the connection, whoever else has a descriptor of it: a service manager, maybe."""
+        if not self.closed:
+            with suppress(OSError):  # the peer has gone already
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self.close()
+
     def close(self) -> None:
-        """Hang up; tasks that wait for the socket get trio.ClosedResourceError."""
+        """Close our descriptor; tasks that wait for the socket get trio.ClosedResourceError."""
         if not self.closed:
             if trio.lowlevel.in_trio_run():  # else nobody can wait for it
                 trio.lowlevel.notify_closing(self._socket)
