@@ -131,7 +131,7 @@ def stack() -> Stack:
 
 @pytest.fixture
 def serve(stack: Stack, tmp_path: Path) -> Serve:
-    """serve(kernel="6.12", options="...", **boot arguments) starts daemon and guest."""
+    """serve(kernel="6.12", options="...", keep=..., **boot arguments) starts daemon and guest."""
 
     @asynccontextmanager
     async def start(
@@ -139,10 +139,11 @@ def serve(stack: Stack, tmp_path: Path) -> Serve:
         options: str = "",
         modprobe: tuple[str, ...] = ("virtio_balloon",),
         append: str = "",
+        keep: bool = False,
     ) -> AsyncIterator[Served]:
         configuration = f'[vm.{VM}.balloon]\nsocket = "{BALLOON_SOCKET}"\n{options}\n'
         async with (
-            VhostdProcess.start(tmp_path, configuration) as daemon,
+            VhostdProcess.start(tmp_path, configuration, *(["--keep"] * keep)) as daemon,
             boot(
                 stack,
                 kernel=kernel,
