@@ -38,6 +38,16 @@ def test_notify_without_a_service_manager_says_so() -> None:
 
 
 @contextmanager
+def connected(folder: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A service manager's end of the protocol, and ours."""
+    with manager(folder) as (end, environment):
+        channel = systemd.connect(environment)
+        assert channel is not None
+        with channel:
+            yield end, channel
+
+
+@contextmanager
 def manager(folder: Path) -> Iterator[tuple[socket.socket, dict[str, str]]]:
     """A service manager's end of the protocol, and the environment that leads to it."""
     path = folder / "notify.sock"
@@ -54,33 +64,31 @@ def receive(end: socket.socket) -> tuple[list[str], list[OwnedFd]]:
 
 
 def test_descriptors_go_into_the_store_by_name(tmp_path: Path) -> None:
-    with manager(tmp_path) as (end, environment), OwnedFd(os.eventfd(5)) as fd:
-        assert systemd.store_fds("vm.kick.0", [fd], environment=environment)
+    with connected(tmp_path) as (end, channel), OwnedFd(os.eventfd(5)) as fd:
+        systemd.store_fds(channel, "vm.kick.0", [fd])
         assignments, (stored,) = receive(end)
         assert assignments == ["FDSTORE=1", "FDNAME=vm.kick.0"]
         assert os.eventfd_read(stored.fileno()) == 5
         assert not fd.closed
-        systemd.store_fds("vm.kick.0", [fd], poll=False, environment=environment)
+        systemd.store_fds(channel, "vm.kick.0", [fd], poll=False)
         assert receive(end)[0] == ["FDSTORE=1", "FDNAME=vm.kick.0", "FDPOLL=0"]
-        systemd.forget_fds("vm.kick.0", environment=environment)
+        systemd.forget_fds(channel, "vm.kick.0")
         assert receive(end) == (["FDSTOREREMOVE=1", "FDNAME=vm.kick.0"], [])
 
 
 def test_many_descriptors_take_several_messages(tmp_path: Path) -> None:
-    with manager(tmp_path) as (end, environment), OwnedFd(os.eventfd(0)) as fd:
-        systemd.store_fds("many", [fd] * 600, environment=environment)
+    with connected(tmp_path) as (end, channel), OwnedFd(os.eventfd(0)) as fd:
+        systemd.store_fds(channel, "many", [fd] * 600)
         messages = [receive(end) for _ in range(3)]
         assert [len(fds) for _, fds in messages] == [253, 253, 94]
         assert {tuple(assignments) for assignments, _ in messages} == {("FDSTORE=1", "FDNAME=many")}
         with pytest.raises(ValueError, match="254 descriptors"):
-            systemd.notify("X=1", fds=[fd] * 254, environment=environment)
+            systemd.send(channel, "X=1", fds=[fd] * 254)
 
 
 def test_without_a_manager_nothing_is_stored_and_nobody_waits() -> None:
-    with OwnedFd(os.eventfd(0)) as fd:
-        assert not systemd.store_fds("x", [fd], environment={})
-        assert not systemd.forget_fds("x", environment={})
-        assert not systemd.barrier(10, environment={})
+    assert systemd.connect({}) is None
+    assert not systemd.barrier(10, environment={})
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 255, "vm.mem0.1", "a b~!", "web-1_2"])
@@ -90,11 +98,11 @@ def test_names_that_systemd_takes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "x" * 256, "a:b", "ä", "a\nFDPOLL=0", "\x7f", "\t"])
 def test_names_that_it_does_not_take_are_not_sent(tmp_path: Path, name: str) -> None:
-    with manager(tmp_path) as (end, environment), OwnedFd(os.eventfd(0)) as fd:
+    with connected(tmp_path) as (end, channel), OwnedFd(os.eventfd(0)) as fd:
         with pytest.raises(ValueError, match="cannot name"):
-            systemd.store_fds(name, [fd], environment=environment)
+            systemd.store_fds(channel, name, [fd])
         with pytest.raises(ValueError, match="cannot name"):
-            systemd.forget_fds(name, environment=environment)
+            systemd.forget_fds(channel, name)
         end.setblocking(False)
         with pytest.raises(BlockingIOError):
             end.recv(1)

@@ -135,9 +135,9 @@ async def serve(
     log.info(LogEvent.DAEMON_STOPPED)
 
 
-def _tell_service_manager(*assignments: str, wait: bool = True) -> None:
+def _tell_service_manager(*assignments: str, timeout_s: float | None = None) -> None:
     try:
-        systemd.notify(*assignments, wait=wait)
+        systemd.notify(*assignments, timeout_s=timeout_s)
     except OSError as error:
         # Guests are served all the same; the manager will say by itself what it missed.
         get_logger().error(LogEvent.HOST_ERROR, error=f"service manager: {error}")
@@ -160,7 +160,7 @@ async def _stop_on_signal(
 ) -> None:
     async for number in signals:
         get_logger().info(LogEvent.DAEMON_STOPPING, signal=signal.Signals(number).name)
-        _tell_service_manager("STOPPING=1", wait=False)
+        _tell_service_manager("STOPPING=1", timeout_s=0)
         kept = legacy.store.working
         legacy.leave()
         if kept:
@@ -181,7 +181,7 @@ async def _feed_watchdog() -> None:
     if interval_s is None:
         return
     while True:
-        _tell_service_manager("WATCHDOG=1", wait=False)
+        _tell_service_manager("WATCHDOG=1", timeout_s=0)
         await trio.sleep(interval_s / 2)
 
 

@@ -39,38 +39,63 @@ class HasFileno(Protocol):
         ...
 
 
+def connect(
+    environment: Mapping[str, str] = os.environ, timeout_s: float | None = None
+) -> socket.socket | None:
+    """A channel to the service manager, the caller's to close; None where there is none.
+
+    Source: sd_notify(3); an "@" at the start of NOTIFY_SOCKET means the abstract namespace.
+
+    Args:
+        timeout_s: how long a message may wait for room in the manager's queue; None: for ever.
+
+    Raises:
+        OSError: NOTIFY_SOCKET is set but cannot be reached.
+    """
+    address = environment.get("NOTIFY_SOCKET", "")
+    if not address:
+        return None
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    channel.settimeout(timeout_s)
+    try:
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
+    except OSError:
+        channel.close()
+        raise
+    return channel
+
+
+def send(channel: socket.socket, *assignments: str, fds: Sequence[HasFileno | int] = ()) -> None:
+    """Send assignments such as "READY=1" over a channel of connect().
+
+    Source: sd_notify(3), sd_pid_notify_with_fds(3).
+
+    Args:
+        fds: sent along, FDS_PER_MESSAGE_MAX at most; they stay the caller's.
+
+    Raises:
+        ValueError: too many descriptors for one message.
+        OSError: the manager is gone; BlockingIOError or TimeoutError: its queue stayed full.
+    """
+    if len(fds) > FDS_PER_MESSAGE_MAX:
+        raise ValueError(f"{len(fds)} descriptors, a message holds {FDS_PER_MESSAGE_MAX}")
+    rights = array.array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in fds])
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+    channel.sendmsg(["\n".join(assignments).encode()], ancillary)
+
+
 def notify(
     *assignments: str,
     fds: Sequence[HasFileno] = (),
     environment: Mapping[str, str] = os.environ,
-    wait: bool = True,
+    timeout_s: float | None = None,
 ) -> bool:
-    """Send assignments such as "READY=1" to the service manager; False when there is none.
-
-    Source: sd_notify(3), sd_pid_notify_with_fds(3); an "@" at the start of NOTIFY_SOCKET means the
-    abstract namespace.
-
-    Args:
-        fds: sent along, FDS_PER_MESSAGE_MAX at most; they stay the caller's.
-        wait: for room in the manager's queue.
-
-    Raises:
-        ValueError: too many descriptors for one message.
-        OSError: NOTIFY_SOCKET is set but cannot be reached; BlockingIOError if its queue is full.
-    """
-    if len(fds) > FDS_PER_MESSAGE_MAX:
-        raise ValueError(f"{len(fds)} descriptors, a message holds {FDS_PER_MESSAGE_MAX}")
-    address = environment.get("NOTIFY_SOCKET", "")
-    if not address:
+    """connect() and send(), which say what may go wrong; False when there is no manager."""
+    channel = connect(environment, timeout_s)
+    if channel is None:
         return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    rights = array.array("i", [fd.fileno() for fd in fds])
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.connect(address)
-        flags = 0 if wait else socket.MSG_DONTWAIT
-        channel.sendmsg(["\n".join(assignments).encode()], ancillary, flags)
+    with channel:
+        send(channel, *assignments, fds=fds)
     return True
 
 
@@ -88,18 +113,15 @@ def is_fd_name(name: str) -> bool:
 
 
 def store_fds(
-    name: str,
-    fds: Sequence[HasFileno],
-    *,
-    poll: bool = True,
-    environment: Mapping[str, str] = os.environ,
-) -> bool:
-    """Give descriptors into the manager's store; a successor gets them. False: no manager.
+    channel: socket.socket, name: str, fds: Sequence[HasFileno | int], *, poll: bool = True
+) -> None:
+    """Give descriptors into the manager's store; a successor gets them.
 
     Nobody answers: use barrier() to know that they are stored. What the manager knows already (the
     same open file, under any name) it does not store again, and a full store refuses in silence.
 
     Args:
+        channel: of connect().
         name: what they are called, see is_fd_name; several may share a name.
         fds: stay the caller's.
         poll: let the manager forget them by itself once they report POLLHUP or POLLERR, as a
@@ -113,15 +135,12 @@ def store_fds(
     assignments = ["FDSTORE=1", f"FDNAME={name}"]
     if not poll:
         assignments.append("FDPOLL=0")
-    managed = bool(environment.get("NOTIFY_SOCKET"))
     for start in range(0, len(fds), FDS_PER_MESSAGE_MAX):
-        part = fds[start : start + FDS_PER_MESSAGE_MAX]
-        managed = notify(*assignments, fds=part, environment=environment)
-    return managed
+        send(channel, *assignments, fds=fds[start : start + FDS_PER_MESSAGE_MAX])
 
 
-def forget_fds(name: str, *, environment: Mapping[str, str] = os.environ) -> bool:
-    """Have the manager close every descriptor stored under a name; False: no manager.
+def forget_fds(channel: socket.socket, name: str) -> None:
+    """Have the manager close every descriptor stored under a name.
 
     Source: FDSTOREREMOVE=1 of sd_notify(3). A name it does not know is no mistake.
 
@@ -130,7 +149,7 @@ def forget_fds(name: str, *, environment: Mapping[str, str] = os.environ) -> boo
         OSError: the manager cannot be reached.
     """
     _check_fd_name(name)
-    return notify("FDSTOREREMOVE=1", f"FDNAME={name}", environment=environment)
+    send(channel, "FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
 def _check_fd_name(name: str) -> None:

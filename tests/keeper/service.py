@@ -36,14 +36,14 @@ def hello(passed: dict[str, list[OwnedFd]]) -> dict[str, Any]:
     }
 
 
-def obey(word: str, arguments: list[Any], fds: Sequence[OwnedFd]) -> None:
+def obey(channel: socket.socket, word: str, arguments: list[Any], fds: Sequence[OwnedFd]) -> None:
     """Do one thing; whoever told us knows that it is done when we answer."""
     match word:
         case "store":
             name, poll = arguments
-            systemd.store_fds(name, fds, poll=poll)
+            systemd.store_fds(channel, name, fds, poll=poll)
         case "forget":
-            systemd.forget_fds(*arguments)
+            systemd.forget_fds(channel, *arguments)
         case "notify":
             systemd.notify(*arguments, fds=fds)
         case "raw":
@@ -52,7 +52,7 @@ def obey(word: str, arguments: list[Any], fds: Sequence[OwnedFd]) -> None:
             os._exit(arguments[0])
         case "store_and_die":
             for name, fd in zip(arguments, fds, strict=True):
-                systemd.store_fds(name, [fd])
+                systemd.store_fds(channel, name, [fd])
             os.kill(os.getpid(), signal.SIGKILL)
         case "on_signal":
             number, code = arguments
@@ -93,7 +93,10 @@ def main() -> int:
             if word == "give":
                 given = [fd.fileno() for fd in passed[arguments[0]]]
             else:
-                obey(word, arguments, fds)
+                manager = systemd.connect()
+                assert manager is not None
+                with manager:
+                    obey(manager, word, arguments, fds)
             for fd in fds:
                 fd.close()  # now it is only the keeper's
             socket.send_fds(control, [b"done"], given)

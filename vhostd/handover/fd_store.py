@@ -1,6 +1,7 @@
 """What a successor gets: descriptors by name in the service manager's store, and back from it.
 
-One mechanism for systemd and for our own keeper. Must not know what a descriptor is for.
+One mechanism for systemd and for our own keeper: sd_notify(3), "FDSTORE=1". Must not know what a
+descriptor is for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import socket
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -105,22 +106,15 @@ def _identity(fd: int) -> tuple[int, int, str]:
 class ManagerStore:
     """The service manager's store. A manager that fails us is told of once, and left alone."""
 
-    def __init__(self, address: str) -> None:
-        """address: NOTIFY_SOCKET.
-
-        Raises:
-            OSError: it can't be reached.
-        """
+    def __init__(self, channel: socket.socket) -> None:
+        """channel: of systemd.connect(), ours from here on."""
+        self._channel: socket.socket | None = channel
         self._entries: dict[str, _Entry] = {}
-        self._socket: socket.socket | None = socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        )
-        self._socket.settimeout(SEND_TIMEOUT_S)
-        try:
-            self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
-        except OSError:
-            self._socket.close()
-            raise
+
+    @property
+    def working(self) -> bool:
+        """It took all that was sent."""
+        return self._channel is not None
 
     def keep(self, name: str, fd: int) -> None:
         identity = _identity(fd)
@@ -130,10 +124,8 @@ class ManagerStore:
         # First the new one, so that a successor never finds none.
         generation = max(entry.generations, default=-1) + 1
         old, entry.generations, entry.identity = entry.generations, [generation], identity
-        stored = _name_of(name, generation)
-        assert systemd.is_fd_name(stored), stored
         # Hung up or not, it is for us to say when it is needed no more.
-        self._send(f"FDSTORE=1\nFDNAME={stored}\nFDPOLL=0", fd)
+        self._tell(systemd.store_fds, _name_of(name, generation), [fd], poll=False)
         self._remove(name, old)
 
     def adopt(self, name: str, generations: Mapping[int, int]) -> None:
@@ -153,27 +145,21 @@ class ManagerStore:
 
     def _remove(self, name: str, generations: Iterable[int]) -> None:
         for generation in generations:
-            self._send(f"FDSTOREREMOVE=1\nFDNAME={_name_of(name, generation)}", None)
-
-    @property
-    def working(self) -> bool:
-        """It took all that was sent."""
-        return self._socket is not None
+            self._tell(systemd.forget_fds, _name_of(name, generation))
 
     def leave(self) -> None:
         """Change nothing any more: what comes now is only our own end."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
-    def _send(self, text: str, fd: int | None) -> None:
-        if self._socket is None:
+    def _tell(self, how: Callable[..., None], *arguments: object, **more: object) -> None:
+        if self._channel is None:
             return
         try:
-            socket.send_fds(self._socket, [text.encode()], [] if fd is None else [fd])
+            how(self._channel, *arguments, **more)
         except OSError as error:
-            self._socket.close()
-            self._socket = None
+            self.leave()
             get_logger().error(
                 LogEvent.NO_FD_STORE,
                 error=str(error),
@@ -188,14 +174,14 @@ def open_store(environment: Mapping[str, str] = os.environ) -> NoStore | Manager
     and an image's lock long after the VM has gone.
     """
     room = environment.get(AVAILABLE, "")
-    address = environment.get("NOTIFY_SOCKET", "")
-    if not address or not room.isdigit() or int(room) == 0:
+    if not room.isdigit() or int(room) == 0:
         return NoStore()
     try:
-        return ManagerStore(address)
+        channel = systemd.connect(environment, SEND_TIMEOUT_S)
     except OSError as error:
-        get_logger().error(LogEvent.NO_FD_STORE, error=f"{address}: {error.strerror}")
-        return NoStore()
+        get_logger().error(LogEvent.NO_FD_STORE, error=f"service manager: {error.strerror}")
+        channel = None
+    return NoStore() if channel is None else ManagerStore(channel)
 
 
 class KeptFds:
