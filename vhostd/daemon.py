@@ -215,6 +215,7 @@ def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
                 continue
             for name, socket in zip(vm.device_names, vm.sockets, strict=True):
                 listeners.append(legacy.listener(vm, name, socket))  # closed one by one
+            legacy.settle(vm.name)
         run_to_end(sources, config.runtime_dir, config.metrics, legacy)
     finally:
         for _, of_vm in sources:

@@ -60,6 +60,11 @@ class Legacy:
         self.lefts[vm_name] = left
         self.last_event = max(self.last_event, left.record.next_event + EVENTS_LOST_MAX)
 
+    def settle(self, vm_name: str) -> None:
+        """Let go of what was kept of a VM without a record: nobody can go on with it."""
+        if vm_name not in self.lefts and vm_name not in self.paused:
+            self.kept.let_go(f"{vm_name}/", self.store)
+
     def pause(self, vm_name: str, why: str) -> None:
         """Leave a VM alone: nothing of it is recorded, forgotten or closed."""
         self.paused[vm_name] = why

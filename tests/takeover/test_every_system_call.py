@@ -12,6 +12,7 @@ import pytest
 from tests.takeover.balloon_scene import Kind, MessageScene
 from tests.takeover.calls import CallStepper
 from tests.takeover.chain_scenes import CHAINS
+from tests.takeover.connect_scene import ConnectScene
 from tests.takeover.kept import Kept
 from tests.takeover.message_kinds import MESSAGES
 from tests.takeover.scene import Scene
@@ -77,3 +78,9 @@ async def test_a_message_is_answered_once(
 @pytest.mark.parametrize("name", CHAINS)
 async def test_a_chain_is_served_once(name: str, tmp_path: Path, kills_most: int | None) -> None:
     await sweep(CHAINS[name](), tmp_path, kills_most, name)
+
+
+async def test_a_vmm_that_connects_is_not_left_waiting(
+    tmp_path: Path, kills_most: int | None
+) -> None:
+    await sweep(ConnectScene(), tmp_path, kills_most, "connect")

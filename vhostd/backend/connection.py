@@ -242,13 +242,14 @@ class DeviceConnection:
     async def _serve(self) -> None:
         async with self._worker.parked():
             self._native.set_socket(self._connection.fileno())
-        self._kept.keep("connection", self._connection.fileno())
+        if self._left is None:
+            self.commit()
+        # The connection last: a successor serves one only with all the rest.
         self._kept.keep("shared", self._native.shared_fd)
         self._kept.keep("reply", self._native.reply_fd)
+        self._kept.keep("connection", self._connection.fileno())
         if self._left is not None:
             await self._resume(self._left)
-        else:
-            self.commit()
         self._settled.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.requests.run)

@@ -12,7 +12,7 @@ from pathlib import Path
 from vhostd import _native
 from vhostd.backend.left import Left
 from vhostd.devices.pmem import PmemOptions
-from vhostd.images.image_file import ImageUnusable, OpenImage, open_image
+from vhostd.images.image_file import ImageUnusable, OpenImage, adopt_image, open_image
 
 
 def open_for(options: PmemOptions, left: Left | None) -> OpenImage:
@@ -22,13 +22,8 @@ def open_for(options: PmemOptions, left: Left | None) -> OpenImage:
         ImageUnusable: it can't be served.
     """
     path = Path(options.file)
-    if left is not None:
-        file, witness = left.take("image"), left.take("witness")
-        if file is not None and witness is not None:
-            status = os.fstat(file.fileno())
-            size = os.lseek(file.fileno(), 0, os.SEEK_END)
-            identity = (status.st_dev, status.st_ino)
-            return OpenImage(path, file, witness, identity, size, locked=True)
+    if left is not None and (file := left.take("image")) is not None:
+        return adopt_image(path, file, left.take("witness"))
     return open_image(path, options.size, readonly=options.readonly)
 
 

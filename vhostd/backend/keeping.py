@@ -120,8 +120,3 @@ class VmKeeping:
         self._wide.keep(STATE, memfd.fileno())
         if old is not None:
             old.close()
-
-    def close(self) -> None:
-        """Let go of the memfd; the store has it."""
-        if self._memfd is not None:
-            self._memfd.close()

@@ -112,10 +112,30 @@ def _checked(path: Path, file: OwnedFd, size: int, *, readonly: bool) -> OpenIma
         raise ImageUnusable(f"{path}: {error}; stop that, or use another image") from error
     except LocksNotSupported:
         locked = False
-    # By its number: the path may lead elsewhere by now.
-    witness = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     identity = (status.st_dev, status.st_ino)
-    return OpenImage(path, file, OwnedFd(witness), identity, file_size, locked)
+    return OpenImage(path, file, _open_again(file), identity, file_size, locked)
+
+
+def _open_again(file: OwnedFd) -> OwnedFd:
+    # By its number: the path may lead elsewhere by now.
+    again = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    return OwnedFd(again)
+
+
+def adopt_image(path: Path, file: OwnedFd, witness: OwnedFd | None) -> OpenImage:
+    """An image that a predecessor had open, and locked if it can be.
+
+    witness: its second descriptor; None: it died before anybody kept that, and before any sync.
+    """
+    status = os.fstat(file.fileno())
+    return OpenImage(
+        path,
+        file,
+        _open_again(file) if witness is None else witness,
+        (status.st_dev, status.st_ino),
+        os.lseek(file.fileno(), 0, os.SEEK_END),
+        locked=True,
+    )
 
 
 def look_at(file: OwnedFd) -> ImageState:

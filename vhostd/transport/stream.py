@@ -85,7 +85,6 @@ class UnixStream:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._socket = sock
-        self._broken = False
 
     @classmethod
     def adopt(cls, fd: OwnedFd) -> UnixStream:
@@ -175,7 +174,11 @@ class UnixStream:
         """Whether the next `size` bytes, which must be there, are of one send by the peer.
 
         Descriptors are with the first bytes of what was sent with them, but a look goes on over
-        what came without any until it finds some, and does not say where.
+        what came without any until it finds some, and does not say where. Source:
+        unix_stream_read_generic(), net/unix/af_unix.c.
+
+        Raises:
+            HostError: no memory for it.
         """
         # What was sent at once is copied at once or not at all: so where the copy fails at the last
         # byte, which is not to be written to, the ones before are lost exactly then.
@@ -205,7 +208,7 @@ class UnixStream:
 
     @property
     def unread_size(self) -> int:
-        """Bytes that are there to be read."""
+        """Bytes that are there to be read. Source: FIONREAD, unix(7)."""
         return int(_INT.unpack(fcntl.ioctl(self._socket, termios.FIONREAD, bytes(_INT.size)))[0])
 
     @contextmanager
@@ -274,35 +277,6 @@ class UnixStream:
     async def wait_readable(self) -> None:
         """Wait until try_read() has something to say, the end of the stream included."""
         await trio.lowlevel.wait_readable(self._socket)
-
-    async def send(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> None:
-        """Send all of data; fds ride with its first byte and stay the caller's.
-
-        Cancelled half-way, the stream is no longer of use: every later send() raises.
-
-        Raises:
-            Disconnected: the peer is gone, or an earlier send was cut short.
-            HostError: the descriptors cannot be passed, or there is no memory.
-        """
-        await trio.lowlevel.checkpoint()
-        if self._broken or self.closed:
-            raise Disconnected("an earlier message was cut short" if self._broken else "closed")
-        rest = memoryview(data)
-        ancillary = _sent_fds(fds)
-        try:
-            while rest:
-                try:
-                    sent = self._socket.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._socket)
-                    continue
-                rest, ancillary = rest[sent:], []
-        except ConnectionError as error:
-            raise Disconnected(f"connection lost: {error.strerror}") from error
-        except OSError as error:
-            raise HostError(error.errno, f"cannot send: {error.strerror}") from error
-        finally:
-            self._broken = 0 < len(rest) < len(data)
 
 
 def _received_fds(ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[OwnedFd, ...]:
