@@ -211,13 +211,17 @@ def serve_disk(stack: Stack, tmp_path: Path) -> ServeDisk:
         qmp: bool = True,
         append: str = "",
         environment: Mapping[str, str] | None = None,
+        keep: bool = False,
     ) -> AsyncIterator[ServedDisk]:
         monitor = tmp_path / "vmm.qmp"
         configuration = f'[vm.{VM}]\nqmp = "{monitor}"\n' if qmp else ""
         configuration += f"[vm.{VM}.balloon]\n" if balloon else ""
         async with (
             VhostdProcess.start(
-                tmp_path, configuration + devices, environment=environment
+                tmp_path,
+                configuration + devices,
+                *(["--keep"] * keep),
+                environment=environment,
             ) as daemon,
             guest_with_disks(stack, daemon, monitor, kernel, append) as guest,
         ):

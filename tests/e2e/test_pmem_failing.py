@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,33 @@ async def test_a_sync_that_failed_once_fails_until_it_is_cleared(
         await served.daemon.ctl("pmem", "clear", VM)
         assert await synced(served.guest)
         assert (await served.pmem())["failed"] is None
+
+
+async def test_a_failed_sync_stays_failed_over_deaths_and_reboots(
+    serve_disk: ServeDisk, tmp_path: Path
+) -> None:
+    """Of vhostd, killed and started anew, and of the guest; the storage is healthy all the time."""
+    image = tmp_path / "disk.img"
+    create_image(image, DISK_SIZE)
+    shim = SyncShim.build(tmp_path)
+    file = shim.watch(image)
+    devices = disk_device(image, "shmem")
+    environment = dict(shim.environment())
+    async with serve_disk(devices, environment=environment, keep=True) as served:
+        assert await synced(served.guest)
+        file.fail(errno.EIO, 1)
+        assert not await synced(served.guest)
+        failed = (await served.pmem())["failed"]
+        for _ in range(2):
+            worker = served.daemon.worker
+            os.kill(worker, signal.SIGKILL)
+            assert not await synced(served.guest)
+            await served.daemon.replaced(worker, VM)
+            assert (await served.pmem())["failed"] == failed
+    async with serve_disk(devices, environment=environment) as served:
+        assert not await synced(served.guest)
+        assert (await served.pmem())["failed"] == failed
+        await served.daemon.ctl("pmem", "clear", VM)
+        assert await synced(served.guest)
+    async with serve_disk(devices, environment=environment) as served:
+        assert await synced(served.guest)

@@ -16,6 +16,7 @@ import trio
 from tests.daemon import ControlFailed, VhostdProcess
 from tests.e2e.waiting import until
 from tests.fakes.balloon import BalloonDriver, BalloonQueue
+from tests.fakes.channel import ConnectionLost
 from tests.fakes.machine import Machine
 from tests.hostile.attack import serves
 
@@ -30,6 +31,7 @@ requested_size = "{requested}"
 """
 CONFIGURATION = f"[vm.{VM}.balloon]\n" + MEM.format(requested="64MiB")
 STATE = "memfd:vhostd-web"
+SLOTS_START = 64  # bytes of a state memfd's header
 VERSION_PLACE = 8  # of a state memfd's header, after its magic
 UNHEARD_OF = 99
 WAIT_S = 30.0
@@ -165,3 +167,35 @@ async def test_a_vm_taken_out_of_the_configuration_is_told_and_can_come_back(
         (tmp_path / "vhostd.toml").write_text(CONFIGURATION + other)
         await killed(daemon)
         await trio.to_thread.run_sync(serves, BalloonDriver(machine), BalloonQueue.INFLATE)
+
+
+async def test_a_connection_without_a_record_is_hung_up_on(tmp_path: Path) -> None:
+    """Its predecessor died before it recorded anything: a VMM must not wait for ever."""
+    async with served(tmp_path, CONFIGURATION) as (daemon, machine):
+        state = state_file(daemon)
+        size = os.fstat(state).st_size
+        os.pwrite(state, bytes(size - SLOTS_START), SLOTS_START)
+        os.close(state)
+        await killed(daemon)
+        with pytest.raises(ConnectionLost):
+            await trio.to_thread.run_sync(machine.front.get_features)
+        with Machine.boot(tmp_path / f"{VM}-balloon.sock") as another:
+            await trio.to_thread.run_sync(serves, BalloonDriver(another), BalloonQueue.INFLATE)
+
+
+async def test_events_are_numbered_on(tmp_path: Path) -> None:
+    """Who reads on after a number misses nothing and sees nothing twice."""
+
+    async def numbers() -> list[int]:
+        told = await daemon.ctl("--json", "events")
+        return [json.loads(line)["id"] for line in told.splitlines()]
+
+    async with served(tmp_path, CONFIGURATION) as (daemon, _machine):
+        seen: list[int] = []
+        for size in ("8M", "16M", "24M"):
+            await daemon.ctl("balloon", "set", VM, size)
+            now = await numbers()
+            assert now == sorted(set(now))
+            assert now[0] > max(seen, default=0)
+            seen += now
+            await killed(daemon)
