@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 from collections.abc import Iterator
 from functools import partial
 
 from tests.fakes import messages
 from tests.fakes.balloon import BalloonDriver, BalloonQueue
-from tests.fakes.channel import ConnectionLost
+from tests.fakes.channel import Channel, ConnectionLost
 from tests.fakes.eventfd import new_eventfd
 from tests.fakes.machine import Setup
 from tests.fakes.memory import MIB, open_memfd
@@ -95,6 +96,19 @@ def second_backend_channel(guest: BalloonDriver) -> None:
     assert front.set_backend_req_fd() == 0
     assert first.wait_closed(), "the old channel is still held"
     first.close()
+
+
+def same_backend_channel(guest: BalloonDriver) -> None:
+    """A socket that the back end has already goes on: it must not be closed as the old one."""
+    front = guest.machine.front
+    ours, theirs = socket.socketpair()
+    with theirs:
+        for _ in range(2):
+            assert front.tell(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+    assert not select.select([ours], [], [], 0)[0], "the channel was hung up on"
+    if front.backend_requests is not None:
+        front.backend_requests.close()
+    front.backend_requests = Channel(ours, front.timeout_s)
 
 
 def backend_channel_that_lies(guest: BalloonDriver) -> None:
@@ -241,6 +255,7 @@ def _attacks() -> Iterator[Attack]:
     yield Attack(27, "get_config-unacked", refuse, config_not_acked, ONLY_ACKS)
     yield Attack(28, "need-reply-unacked", ignore, reply_wanted_but_not_agreed, NO_ACKS)
     yield Attack(29, "second-channel", ignore, second_backend_channel)
+    yield Attack(29, "same-channel", ignore, same_backend_channel)
     yield Attack(29, "lying-channel", ignore, backend_channel_that_lies)
     yield Attack(29, "dead-channel", ignore, stream_socket_pair_as_channel)
     yield Attack(30, "status-random", ignore, random_status)

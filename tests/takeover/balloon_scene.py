@@ -75,8 +75,6 @@ class BalloonVm:
         self.driver.deflate([address // PAGE_SIZE])
         assert self.ring.collect() == [], "a buffer came back twice"
         assert not readable(self.front), "more was answered than asked"
-        if self.answerer.lost:
-            self.answerer.open()
 
     def extra_works(self, *, there: bool) -> None:
         """A page of the second piece of memory can be given up if the balloon has it."""
@@ -114,6 +112,7 @@ class Kind:
         payload, fds: as it is sent; answer: payload of the one right reply.
         behind: sent together with another message before it.
         told_later: the native worker answers, and tells the main thread then.
+        stops: on the way the device is stopped, which may cost it the back-end channel.
         ready: before it; after: what is true once it was answered; finish: once, in the end.
     """
 
@@ -127,6 +126,7 @@ class Kind:
     finish: Callable[[BalloonVm], None] = field(default=nothing)
     behind: Request | None = None
     told_later: bool = False
+    stops: bool = False
 
 
 class MessageScene(Scene):
@@ -176,6 +176,9 @@ class MessageScene(Scene):
         assert reply.payload == kind.answer(vm) and not reply.fds, f"answered {reply}"
         kind.after(vm)
         vm.works()
+        if vm.answerer.lost:
+            assert kind.stops, "the back-end channel was given up"
+            vm.answerer.open()
 
     def finish(self) -> None:
         """See what can be seen only once."""

@@ -83,7 +83,14 @@ def _start_afresh(vm: BalloonVm) -> None:
 FEATURES = [
     Kind("get-features", Request.GET_FEATURES, answer=_offered),
     Kind("set-features-running", Request.SET_FEATURES, _features),
-    Kind("set-features-stopped", Request.SET_FEATURES, _features, ready=_stop, after=_start),
+    Kind(
+        "set-features-stopped",
+        Request.SET_FEATURES,
+        _features,
+        ready=_stop,
+        after=_start,
+        stops=True,
+    ),
     Kind("set-features-logging", Request.SET_FEATURES, _other_logging, ready=_set_log),
     Kind(
         "get-protocol-features",
@@ -102,11 +109,13 @@ FEATURES = [
         answer=lambda vm: u64(vm.machine.offer.memory_slots),
     ),
     # Done twice it would be refused.
-    Kind("set-owner", Request.SET_OWNER, ready=_disown),
-    Kind("reset-owner", Request.RESET_OWNER, after=_own),
-    Kind("set-status", Request.SET_STATUS, _status, ready=_count, after=_status_is_kept),
+    Kind("set-owner", Request.SET_OWNER, ready=_disown, stops=True),
+    Kind("reset-owner", Request.RESET_OWNER, after=_own, stops=True),
+    Kind(
+        "set-status", Request.SET_STATUS, _status, ready=_count, after=_status_is_kept, stops=True
+    ),
     Kind("get-status", Request.GET_STATUS, answer=_status, ready=_set_status),
-    Kind("reset-device", Request.RESET_DEVICE, after=_start_afresh),
+    Kind("reset-device", Request.RESET_DEVICE, after=_start_afresh, stops=True),
 ]
 
 
@@ -140,9 +149,6 @@ def _use_channel(vm: BalloonVm) -> None:
     ours, theirs = vm.pair
     theirs.close()
     vm.answerer.replace(Channel(ours))
-
-
-def _channel_works(vm: BalloonVm) -> None:
     before = vm.answerer.changes
     vm.kept.wish("PUT", "/balloon", target=PAGE_SIZE * vm.next_number())
     wait_until(lambda: vm.answerer.changes > before)
@@ -193,7 +199,6 @@ CONFIG = [
         Request.SET_BACKEND_REQ_FD,
         fds=_both_ends,
         after=_use_channel,
-        finish=_channel_works,
     ),
 ]
 
@@ -294,6 +299,7 @@ def _ring_kind(request: Request) -> Kind:
         partial(_fds_of, request),
         ready=partial(_set_up_before, request),
         after=partial(_set_up_after, request),
+        stops=True,
     )
 
 
@@ -366,12 +372,14 @@ RINGS = [
         Request.SET_VRING_ENABLE,
         lambda vm: vring_state(RING, 0),
         after=partial(_enable, True),
+        stops=True,
     ),
     Kind(
         "set-vring-enable",
         Request.SET_VRING_ENABLE,
         lambda vm: vring_state(RING, 1),
         ready=partial(_enable, False),
+        stops=True,
     ),
     Kind(
         "get-vring-base",
@@ -379,6 +387,7 @@ RINGS = [
         lambda vm: vring_state(RING, 0),
         answer=_position,
         after=_set_up_again,
+        stops=True,
     ),
 ]
 

@@ -7,6 +7,7 @@ back-end channel. Must not know why anybody wants something.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -84,6 +85,13 @@ class BackendRequests:
         self._mapping = None
         if self._channel is not None:
             self._channel.on_stopping()
+
+    def uses(self, file: OwnedFd) -> bool:
+        """This is the socket of the channel in use, by whatever descriptor."""
+        channel = self._channel
+        if channel is None or channel.closed:
+            return False
+        return os.path.sameopenfile(file.fileno(), channel.fileno())
 
     def use(self, channel: BackendChannel | None) -> None:
         """Send through this channel from now on; the old one is closed."""

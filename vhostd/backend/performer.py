@@ -245,6 +245,11 @@ class ActionPerformer:
     # -- config space and back-end channel -----------------------------------------------------
 
     async def _set_backend_channel(self, action: actions.SetBackendChannel) -> None:
+        if self._requests.uses(action.file):
+            # A predecessor died before it had recorded this message: its channel goes on, in the
+            # middle of a request maybe.
+            action.file.close()
+            return
         channel = BackendChannel.adopt(
             action.file, reply_ack=action.reply_ack, connection_fd=self._connection_fd
         )
