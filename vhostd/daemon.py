@@ -61,32 +61,34 @@ class Daemon:
         """Take VMs in; those that are to be run come back."""
         vms = []
         for config, of_vm in sources:
-            why = self._legacy.paused.get(config.name)
-            if why is None:
-                try:
-                    vm = self._new_vm(config, of_vm)
-                except ValueError as error:
-                    why = str(error)
-                    self._legacy.pause(config.name, why)
-                else:
-                    self._views[config.name] = ServedVm(vm)
-                    vms.append(vm)
-                    continue
-            self._views[config.name] = PausedVm(config, why)
-            _leave(of_vm)
+            vm = self._new_vm(config, of_vm)
+            if vm is None:
+                why = self._legacy.paused[config.name]
+                self._views[config.name] = PausedVm(config, why)
+                _leave(of_vm)
+            else:
+                self._views[config.name] = ServedVm(vm)
+                vms.append(vm)
         return vms
 
-    def _new_vm(self, config: VmConfig, sources: Sequence[Source]) -> Vm:
+    def _new_vm(self, config: VmConfig, sources: Sequence[Source]) -> Vm | None:
+        """A VM to be run; None: it is left alone."""
+        if config.name in self._legacy.paused:
+            return None
         journal = Journal(config.name, self._limiter, self.events.publish)
-        return Vm(
-            config,
-            sources,
-            self._registry,
-            journal,
-            self._legacy.keeping(config.name),
-            self._legacy.lefts.get(config.name),
-            lambda: self.events.next_id,
-        )
+        try:
+            return Vm(
+                config,
+                sources,
+                self._registry,
+                journal,
+                self._legacy.keeping(config.name),
+                self._legacy.lefts.get(config.name),
+                lambda: self.events.next_id,
+            )
+        except ValueError as error:
+            self._legacy.pause(config.name, str(error))
+            return None
 
 
 async def serve(

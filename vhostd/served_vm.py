@@ -17,10 +17,15 @@ from vhostd.devices.registry import BALLOON, MEM, PMEM, DeviceKind
 
 
 class ServedVm:
-    """control.interface.VmView of a VM."""
+    """control.interface.VmView and VmChanges of a VM."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
+
+    @property
+    def changes(self) -> ServedVm:
+        """What can be done to it."""
+        return self
 
     def status(self) -> dict[str, Any]:
         """The object of `vhostctl --json status VM`."""
@@ -93,47 +98,10 @@ class PausedVm:
         """What a VMM's command line must say about this VM's devices."""
         return device_sockets(self._config)
 
-    def _refuse(self) -> NoReturn:
+    @property
+    def changes(self) -> NoReturn:
+        """Raises Refused."""
         raise Refused(f"VM {self._config.name!r} is left alone: {self._why}")
-
-    async def set_balloon_target(self, size: int) -> None:
-        """Raises Refused."""
-        del size
-        self._refuse()
-
-    async def request_statistics(self) -> None:
-        """Raises Refused."""
-        self._refuse()
-
-    async def balloon_hint(self, action: HintAction) -> None:
-        """Raises Refused."""
-        del action
-        self._refuse()
-
-    async def resize_mem(self, device: str | None, size: int) -> str:
-        """Raises Refused."""
-        del device, size
-        self._refuse()
-
-    async def flush_pmem(self, device: str | None) -> str:
-        """Raises Refused."""
-        del device
-        self._refuse()
-
-    async def drop_pmem_cache(self, device: str | None) -> dict[str, Any]:
-        """Raises Refused."""
-        del device
-        self._refuse()
-
-    async def clear_pmem(self, device: str | None) -> str:
-        """Raises Refused."""
-        del device
-        self._refuse()
-
-    async def set_memory(self, size: int) -> dict[str, Any]:
-        """Raises Refused."""
-        del size
-        self._refuse()
 
 
 def device_sockets(config: VmConfig) -> list[DeviceSocket]:

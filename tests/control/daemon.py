@@ -104,6 +104,10 @@ class BalloonVm:
             ),
         ]
 
+    @property
+    def changes(self) -> BalloonVm:
+        return self
+
     def status(self) -> JsonObject:
         counters = dict.fromkeys(COUNTERS.split(), 0) | {"inflated_pages": 2, "discards": 7}
         queue = dict.fromkeys(QUEUE_COUNTERS.split(), 0) | {"kicks": 11}

@@ -35,6 +35,16 @@ SLOTS_START = 64  # bytes of a state memfd's header
 VERSION_PLACE = 8  # of a state memfd's header, after its magic
 UNHEARD_OF = 99
 WAIT_S = 30.0
+CHANGES = [
+    ("balloon", "set", VM, "0"),
+    ("balloon", "hint", VM),
+    ("balloon", "stats", VM, "--fresh"),
+    ("mem", "resize", VM, "0"),
+    ("memory", "set", VM, "1G"),
+    ("pmem", "flush", VM),
+    ("pmem", "drop-cache", VM),
+    ("pmem", "clear", VM),
+]
 
 
 async def sizes(daemon: VhostdProcess) -> tuple[int, int]:
@@ -126,9 +136,10 @@ async def test_state_of_another_release_leaves_the_vm_alone_until_that_is_back(
         assert status["state"] == "quarantined"
         assert str(UNHEARD_OF) in status["paused"]
         assert str(UNHEARD_OF) in await daemon.ctl("status", VM)
-        with pytest.raises(ControlFailed) as refusal:
-            await daemon.ctl("balloon", "set", VM, "0")
-        assert refusal.value.status == 1 and "left alone" in refusal.value.output
+        for words in CHANGES:
+            with pytest.raises(ControlFailed) as refusal:
+                await daemon.ctl(*words)
+            assert refusal.value.status == 1 and "left alone" in refusal.value.output
         assert len(lines(daemon, "vm_not_taken_over")) == 1
         # It is not hung up, and what it asks is answered once somebody can.
         os.pwrite(state, struct.pack("<I", version), VERSION_PLACE)

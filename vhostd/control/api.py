@@ -200,7 +200,7 @@ class _Handlers:
         balloon = self._balloon(request)
         body = await _read_body(request, BalloonTarget)
         size = _size("target", body.target)
-        await self._vm(request).set_balloon_target(size)
+        await self._vm(request).changes.set_balloon_target(size)
         if body.wait_s is not None:
             await self._wait(
                 lambda: bool(balloon()["reached"]),
@@ -216,7 +216,7 @@ class _Handlers:
                 await _refuse_change(request)
             timeout_s = _seconds(request, "timeout_s", FRESH_TIMEOUT_DEFAULT_S)
             seen = balloon()["stats_updates"]
-            await self._vm(request).request_statistics()
+            await self._vm(request).changes.request_statistics()
             await self._wait(
                 lambda: bool(balloon()["stats_updates"] != seen),
                 timeout_s,
@@ -227,7 +227,7 @@ class _Handlers:
     async def hint(self, request: Request) -> Response:
         balloon = self._balloon(request)
         body = await _read_body(request, BalloonHint)
-        await self._vm(request).balloon_hint(body.action)
+        await self._vm(request).changes.balloon_hint(body.action)
         return json_response(balloon()["hint"])
 
     async def list_mem(self, request: Request) -> Response:
@@ -236,7 +236,7 @@ class _Handlers:
     async def resize_mem(self, request: Request) -> Response:
         vm = self._vm(request)
         body = await _read_body(request, MemResize)
-        device = await vm.resize_mem(body.device, _size("size", body.size))
+        device = await vm.changes.resize_mem(body.device, _size("size", body.size))
         if body.wait_s is not None:
             await self._wait(
                 lambda: _mem_settled(_mem(vm, device)),
@@ -251,21 +251,21 @@ class _Handlers:
     async def flush_pmem(self, request: Request) -> Response:
         vm = self._vm(request)
         body = await _read_body(request, PmemDevice)
-        return json_response(_pmem(vm, await vm.flush_pmem(body.device)))
+        return json_response(_pmem(vm, await vm.changes.flush_pmem(body.device)))
 
     async def drop_pmem_cache(self, request: Request) -> Response:
         body = await _read_body(request, PmemDevice)
-        return json_response(await self._vm(request).drop_pmem_cache(body.device))
+        return json_response(await self._vm(request).changes.drop_pmem_cache(body.device))
 
     async def clear_pmem(self, request: Request) -> Response:
         vm = self._vm(request)
         body = await _read_body(request, PmemDevice)
-        return json_response(_pmem(vm, await vm.clear_pmem(body.device)))
+        return json_response(_pmem(vm, await vm.changes.clear_pmem(body.device)))
 
     async def set_memory(self, request: Request) -> Response:
         vm = self._vm(request)
         body = await _read_body(request, MemorySize)
-        plan = await vm.set_memory(_size("size", body.size))
+        plan = await vm.changes.set_memory(_size("size", body.size))
         if body.wait_s is not None:
             await self._wait(
                 lambda: _memory_settled(vm.status()),

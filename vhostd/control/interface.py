@@ -56,18 +56,11 @@ class DeviceSocket:
     window: MemoryWindow | None = None
 
 
-class VmView(Protocol):
-    """One VM as the control API sees and changes it.
+class VmChanges(Protocol):
+    """What the control API can do to a VM.
 
-    Methods that change something raise a VhostdError when they refuse; its text is the reason.
+    Each raises a VhostdError when it refuses; its text is the reason.
     """
-
-    @property
-    def devices(self) -> Sequence[DeviceSocket]:
-        """The VM's devices, in the configuration's order."""
-
-    def status(self) -> JsonObject:
-        """The object `vhostctl --json status VM` prints, see verbs.VmStatus; never blocks."""
 
     async def set_balloon_target(self, size: int) -> None:
         """Set the balloon's size, in bytes; returns once the wish is on its way."""
@@ -95,6 +88,21 @@ class VmView(Protocol):
 
     async def set_memory(self, size: int) -> JsonObject:
         """Set the guest's usable memory, in bytes; see verbs.MemoryPlan for what comes back."""
+
+
+class VmView(Protocol):
+    """One VM as the control API sees it."""
+
+    @property
+    def devices(self) -> Sequence[DeviceSocket]:
+        """The VM's devices, in the configuration's order."""
+
+    @property
+    def changes(self) -> VmChanges:
+        """What can be done to it. Raises a VhostdError: nothing, it is left alone."""
+
+    def status(self) -> JsonObject:
+        """The object `vhostctl --json status VM` prints, see verbs.VmStatus; never blocks."""
 
 
 class Daemon(Protocol):
