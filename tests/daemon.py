@@ -44,6 +44,12 @@ class ControlFailed(Exception):
         self.output = output
 
 
+def children(pid: int) -> list[int]:
+    """Process ids of what a process has started, the oldest first."""
+    words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(word) for word in words]
+
+
 @dataclass
 class VhostdProcess:
     """A running `vhostd run`."""
@@ -147,9 +153,7 @@ class VhostdProcess:
         Raises:
             IndexError: there is none at the moment.
         """
-        keeper = self.process.pid
-        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-        return int(children[0])  # the spare one is younger
+        return children(self.process.pid)[0]  # the spare one is younger
 
     async def replaced(self, before: int, vm: str) -> None:
         """Wait until another worker than `before` serves a VM and answers."""

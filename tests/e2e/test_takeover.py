@@ -37,36 +37,21 @@ GAP_MAX_S = 15.0
 """Far above what is aimed at: this is a test of correctness, the figures are printed."""
 
 
-class Kept:
-    """A daemon under its keeper."""
-
-    def __init__(self, daemon: VhostdProcess) -> None:
-        self.daemon = daemon
-
-    @property
-    def worker(self) -> int:
-        """Process id of the daemon itself, the keeper's child."""
-        return self.daemon.worker
-
-    async def replaced(self, before: int) -> None:
-        """Wait until another than `before` serves, and answers."""
-        await self.daemon.replaced(before, VM)
-
-    async def wish(self, *words: str) -> None:
-        """vhostctl, again if it met the daemon's end."""
-        for _ in range(20):
-            try:
-                await self.daemon.ctl(*words)
-                return
-            except ControlFailed as error:
-                if error.status != 3:
-                    raise
-                await trio.sleep(0.2)
-        raise AssertionError(f"vhostctl {words} met no daemon")
+async def wish(daemon: VhostdProcess, *words: str) -> None:
+    """Run vhostctl, again if it met the daemon's end."""
+    for _ in range(20):
+        try:
+            await daemon.ctl(*words)
+            return
+        except ControlFailed as error:
+            if error.status != 3:
+                raise
+            await trio.sleep(0.2)
+    raise AssertionError(f"vhostctl {words} met no daemon")
 
 
 @asynccontextmanager
-async def kept_guest(stack: Stack, folder: Path) -> AsyncIterator[tuple[Kept, Guest]]:
+async def kept_guest(stack: Stack, folder: Path) -> AsyncIterator[tuple[VhostdProcess, Guest]]:
     """A guest with all three devices, its daemon under a keeper."""
     image = folder / "disk.img"
     create_image(image, DISK_SIZE)
@@ -84,7 +69,7 @@ async def kept_guest(stack: Stack, folder: Path) -> AsyncIterator[tuple[Kept, Gu
             modprobe=(*DISK_MODULES, "virtio_balloon", "virtio_mem"),
             append=ONLINE_MOVABLE,
         ) as guest:
-            yield Kept(daemon), guest
+            yield daemon, guest
 
 
 async def next_record_gap_s(records: GuestProcess, event: Callable[[], Awaitable[None]]) -> float:
@@ -103,28 +88,28 @@ async def test_a_guest_at_work_does_not_notice_deaths_and_an_upgrade(
     stack: Stack, tmp_path: Path, takeovers: int
 ) -> None:
     generator = random.Random(5)
-    async with kept_guest(stack, tmp_path) as (kept, guest):
+    async with kept_guest(stack, tmp_path) as (daemon, guest):
         await guest.run(f"{MAKE_FILE_SYSTEM}; mount -t ext4 -o dax /dev/pmem0 /mnt", timeout_s=60)
         records = await guest.start("disktool records /mnt/records")
         pattern = await guest.start("guesttool cycle 200 7")
         await pattern.read_line(timeout_s=60)
         gaps_s: list[float] = []
         for number in range(takeovers):
-            await kept.wish("balloon", "set", VM, f"{generator.randrange(200)}M")
-            await kept.wish("mem", "resize", VM, f"{2 * generator.randrange(300)}M")
+            await wish(daemon, "balloon", "set", VM, f"{generator.randrange(200)}M")
+            await wish(daemon, "mem", "resize", VM, f"{2 * generator.randrange(300)}M")
             # At any moment of what this began.
             await trio.sleep(generator.uniform(0, 0.7))
-            before = kept.worker
+            before = daemon.worker
 
             async def die(pid: int = before, last: bool = number == takeovers - 1) -> None:
-                os.kill(kept.daemon.process.pid if last else pid, signal.SIGHUP if last else 9)
+                os.kill(daemon.process.pid if last else pid, signal.SIGHUP if last else 9)
 
             gaps_s.append(await next_record_gap_s(records, die))
-            await kept.replaced(before)
+            await daemon.replaced(before, VM)
         await records.kill()
         assert (await pattern.ask("stop", timeout_s=60)).startswith("ok ")
         count = int(records.output.rpartition("\n")[0].splitlines()[-1])
-        await check_at_rest(kept, guest)
+        await check_at_rest(daemon, guest)
         await guest.run("umount /mnt")
         await guest.system_reset()
         await guest.run("mount -t ext4 -o dax /dev/pmem0 /mnt && ls /mnt/records && umount /mnt")
@@ -141,35 +126,35 @@ async def test_a_guest_at_work_does_not_notice_deaths_and_an_upgrade(
     )
 
 
-async def check_at_rest(kept: Kept, guest: Guest) -> None:
+async def check_at_rest(daemon: VhostdProcess, guest: Guest) -> None:
     """Sizes reached before a death are those after it, and the device goes on from there."""
-    await kept.wish("balloon", "set", VM, "64M", "--wait")
-    await kept.wish("mem", "resize", VM, "256M", "--wait")
+    await wish(daemon, "balloon", "set", VM, "64M", "--wait")
+    await wish(daemon, "mem", "resize", VM, "256M", "--wait")
     total = (await guest.meminfo())["MemTotal"]
-    before = await kept.daemon.status(VM)
-    worker = kept.worker
+    before = await daemon.status(VM)
+    worker = daemon.worker
     os.kill(worker, signal.SIGKILL)
-    await kept.replaced(worker)
-    after = await kept.daemon.status(VM)
+    await daemon.replaced(worker, VM)
+    after = await daemon.status(VM)
     for key in ("target", "actual", "inflated", "reached"):
         assert after["balloon"][key] == before["balloon"][key], key
     for key in ("requested", "plugged", "usable", "violations"):
         assert after["mem"][0][key] == before["mem"][0][key], key
     assert (await guest.meminfo())["MemTotal"] == total
-    await kept.wish("balloon", "set", VM, "0", "--wait")
-    await kept.wish("mem", "resize", VM, "0", "--wait")
-    status = await kept.daemon.status(VM)
+    await wish(daemon, "balloon", "set", VM, "0", "--wait")
+    await wish(daemon, "mem", "resize", VM, "0", "--wait")
+    status = await daemon.status(VM)
     assert status["balloon"]["inflated"] == 0 and status["mem"][0]["plugged"] == 0
     assert guest.host_memory("mem0-window") == 0
     assert status["mem"][0]["answers"]["error"] == 0
     assert status["faults"] == {}
 
 
-def used_by(kept: Kept) -> tuple[int, int, int]:
+def used_by(daemon: VhostdProcess) -> tuple[int, int, int]:
     """Descriptors of the daemon and of the keeper, and the daemon's resident memory in MiB."""
-    status = Path(f"/proc/{kept.worker}/status").read_text()
+    status = Path(f"/proc/{daemon.worker}/status").read_text()
     resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    pids = (kept.worker, kept.daemon.process.pid)
+    pids = (daemon.worker, daemon.process.pid)
     fds, keeper_fds = (len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
     return fds, keeper_fds, int(resident.split()[1]) // 1024
 
@@ -177,13 +162,13 @@ def used_by(kept: Kept) -> tuple[int, int, int]:
 async def test_descriptors_memory_and_threads_are_flat(
     stack: Stack, tmp_path: Path, takeovers: int
 ) -> None:
-    async with kept_guest(stack, tmp_path) as (kept, _guest):
+    async with kept_guest(stack, tmp_path) as (daemon, _guest):
 
         async def die() -> tuple[int, int, int]:
-            worker = kept.worker
+            worker = daemon.worker
             os.kill(worker, signal.SIGKILL)
-            await kept.replaced(worker)
-            return used_by(kept)
+            await daemon.replaced(worker, VM)
+            return used_by(daemon)
 
         await die()
         first = await die()

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import pytest
 
+from tests.daemon import children
 from tests.native.rig import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -28,15 +29,7 @@ from pathlib import Path
 from vhostd.keeper.supervisor import keep
 sys.exit(keep(sys.argv[3:], socket_parent=Path(sys.argv[1]), **json.loads(sys.argv[2])))
 """
-
-
 RECVFROM = {"45", "207"}  # x86-64, arm64
-
-
-def children(keeper: int) -> list[int]:
-    """Process ids, the oldest first."""
-    words = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    return [int(word) for word in words]
 
 
 def loaded_spare(keeper: int, service: int) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon import children
 from tests.keeper.keeping import (
     TIMEOUT_S,
     Keeper,
     Service,
-    children,
     closing,
     keeping,
     loaded_spare,
