@@ -153,7 +153,7 @@ def _measure(parts: Sequence[str], effort: Effort, folder: Path, findings: Findi
         _say(f"a real guest makes writes durable on four disks, {effort.pmem.rounds} rounds")
         trio.run(partial(pmem_run.measure, effort.pmem, folder, findings))
     if "takeover" in parts:
-        _say(f"vhostd killed {effort.kills} times with a spare process, and as often without")
+        _say(f"vhostd killed {effort.kills} times with a spare process, and without; and upgraded")
         trio.run(partial(takeover_run.measure, effort.kills, folder, findings))
 
 

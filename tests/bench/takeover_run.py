@@ -1,7 +1,7 @@
-"""How long a VMM waits for its answer when vhostd is killed: SIGKILL to the first reply.
+"""How long a VMM waits for an answer when vhostd is killed, or upgraded under its keeper.
 
-With a spare process that has the program loaded, and without one. Beside it, in turns, the start of
-a bare Python process: what no take-over by a new process can be faster than.
+Killed with a spare process that has the program loaded, and without one. Beside it, in turns, the
+start of a bare Python process: what no take-over by a new process can be faster than.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import trio
 
@@ -44,27 +47,48 @@ def _gap_s(daemon: VhostdProcess, machine: Machine, *, spare: bool) -> float:
     return gap_s
 
 
+def _upgrade_wait_s(daemon: VhostdProcess, machine: Machine) -> float:
+    """Upgrade, and ask all the time; seconds of the longest wait."""
+    keeper, worker = daemon.process.pid, daemon.worker
+    loaded_spare(keeper, worker)  # its loading is over
+    daemon.process.send_signal(signal.SIGHUP)
+    waits_s: list[float] = []
+    replaced = False
+    while not replaced:
+        replaced = daemon.worker != worker  # before the last of them
+        begun = time.perf_counter()
+        machine.front.ask(Request.GET_QUEUE_NUM)
+        waits_s.append(time.perf_counter() - begun)
+    return max(waits_s)
+
+
 def _bare_start_s() -> float:
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-S", "-c", "pass"], check=True)
     return time.perf_counter() - begun
 
 
+KINDS: Final[dict[str, Callable[[VhostdProcess, Machine], float]]] = {
+    "SIGKILL to first reply, spare process": partial(_gap_s, spare=True),
+    "SIGKILL to first reply, no spare process": partial(_gap_s, spare=False),
+    "longest wait for a reply, upgrade": _upgrade_wait_s,
+}
+
+
 async def measure(kills: int, folder: Path, findings: Findings) -> None:
-    """`kills` of each kind, in turns, and add rows to findings."""
+    """`kills` of each kind and as many upgrades, in turns, and add rows to findings."""
     own = folder / "takeover"
     own.mkdir()
-    gaps_s: dict[bool, list[float]] = {True: [], False: []}
+    gaps_s: dict[str, list[float]] = {what: [] for what in KINDS}
     bare_s: list[float] = []
     async with VhostdProcess.start(own, CONFIGURATION, "--keep") as daemon:
         with Machine.boot(own / f"{VM}-balloon.sock") as machine:
             for _ in range(kills):
-                for spare, gaps in gaps_s.items():
+                for what, gap_s in KINDS.items():
                     await trio.sleep(RESTED_S)
-                    gaps.append(_gap_s(daemon, machine, spare=spare))
+                    gaps_s[what].append(gap_s(daemon, machine))
                 bare_s.append(_bare_start_s())
-    for spare, gaps in gaps_s.items():
-        what = f"SIGKILL to first reply, {'spare process' if spare else 'no spare process'}"
+    for what, gaps in gaps_s.items():
         findings.samples[f"{what}, s"] = gaps
         findings.rows.append(
             Row(

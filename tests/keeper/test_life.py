@@ -159,8 +159,9 @@ def test_an_upgrade_keeps_the_descriptors_whatever_the_old_one_ends_with(folder:
         assert "next start" not in keeper.log()  # these were no deaths
 
 
-def test_an_upgrade_asked_for_just_before_a_clean_end_is_one(folder: Path) -> None:
-    with keeping(folder) as keeper:
+@pytest.mark.parametrize("spare", [False, True], ids=["bare", "spare"])
+def test_an_upgrade_asked_for_just_before_a_clean_end_is_one(folder: Path, spare: bool) -> None:
+    with keeping(folder, spare=spare) as keeper:
         service = keeper.next_service()
         keeper.signal(signal.SIGSTOP)
         with closing(process := os.pidfd_open(service.pid)):

@@ -19,7 +19,7 @@ from typing import Final
 from vhostd.errors import HostError
 from vhostd.fds import OwnedFd
 from vhostd.keeper.child import Child, start
-from vhostd.keeper.speech import Complaints
+from vhostd.keeper.speech import Complaints, say
 from vhostd.systemd import LISTEN_FDS_START
 
 NAME: Final = "vhostd-spare"
@@ -30,6 +30,9 @@ HAND_OVER_TIMEOUT_S: Final = 1.0
 
 SPARE_DELAY_S: Final = 0.5
 """From a service that is ready to a spare one, so that guests come first."""
+
+LOAD_TIMEOUT_S: Final = 30.0
+"""A program that takes longer to load is not upgraded to."""
 
 _BATCH: Final = 250  # descriptors a message; SCM_MAX_FD is 253
 _LOADED: Final = b"L"
@@ -55,6 +58,10 @@ class Spare:
                 raise
         self._socket = ours
         ours.settimeout(HAND_OVER_TIMEOUT_S)
+
+    def fileno(self) -> int:
+        """Readable once it is loaded, or has ended."""
+        return self._socket.fileno()
 
     @property
     def loaded(self) -> bool:
@@ -94,8 +101,11 @@ class Spare:
 class Starter:
     """Starts services, and has a spare one ready if that is wanted.
 
+    fileno() is readable when renewed() has something to say.
+
     Attributes:
         spare_due_s: when the next spare is to be started, on the monotonic clock; None: not.
+        renewed_by_s: when a renewal is given up; None: none is under way.
     """
 
     def __init__(
@@ -105,14 +115,27 @@ class Starter:
         complaints: Complaints,
         *,
         spare: bool,
+        load_timeout_s: float,
     ) -> None:
-        """Arguments as of child.start(); spare: have one."""
+        """Arguments as of child.start(); spare: have one; load_timeout_s: see LOAD_TIMEOUT_S."""
         self._argv = argv
         self._environment = environment
         self._complaints = complaints
         self._wanted = spare
         self._spare: Spare | None = None
+        self._load_timeout_s = load_timeout_s
+        self._loading = select.epoll()
         self.spare_due_s: float | None = None
+        self.renewed_by_s: float | None = None
+
+    def fileno(self) -> int:
+        """To select for."""
+        return self._loading.fileno()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.drop_spare()
+        self._loading.close()
 
     def start(self, stored: Sequence[tuple[str, int]]) -> Child:
         """A new service, which is the spare one if that is loaded; stored: as of child.start().
@@ -120,7 +143,7 @@ class Starter:
         Raises:
             OSError: no process could be had.
         """
-        self.spare_due_s = None
+        self.spare_due_s = self.renewed_by_s = None
         spare, self._spare = self._spare, None
         if spare is not None and spare.loaded:
             try:
@@ -137,18 +160,46 @@ class Starter:
             self.spare_due_s = now_s + SPARE_DELAY_S
 
     def on_deadline(self, now_s: float) -> None:
-        """Start a spare if its time has come."""
-        if self.spare_due_s is None or now_s < self.spare_due_s:
-            return
-        self.spare_due_s = None
+        """Start a spare, or give up waiting for one, if its time has come."""
+        if self.spare_due_s is not None and now_s >= self.spare_due_s:
+            self.spare_due_s = None
+            self._begin_spare()
+        if self.renewed_by_s is not None and now_s >= self.renewed_by_s:
+            self.drop_spare()
+            say(f"no upgrade: the program has not loaded within {self._load_timeout_s} s")
+
+    def _begin_spare(self) -> None:
         try:
             self._spare = Spare(self._argv, self._environment)
         except OSError as error:
             self._complaints.complain("no spare process can be started", str(error.strerror))
 
+    def renew(self, now_s: float) -> bool:
+        """Have a spare load the program as it is now; False: there is to be, or can be, none."""
+        self.drop_spare()
+        if self._wanted:
+            self._begin_spare()
+        if self._spare is None:
+            return False
+        self._loading.register(self._spare, select.EPOLLIN)
+        self.renewed_by_s = now_s + self._load_timeout_s
+        return True
+
+    def renewed(self) -> bool:
+        """A renewal is over: is there a spare that has the program loaded?"""
+        self.renewed_by_s = None
+        if self._spare is None:
+            return False
+        self._loading.unregister(self._spare)
+        if self._spare.loaded:
+            return True
+        self.drop_spare()
+        say("no upgrade: the program ended before it was loaded")
+        return False
+
     def drop_spare(self) -> None:
         """There is to be none for now."""
-        self.spare_due_s = None
+        self.spare_due_s = self.renewed_by_s = None
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.drop()

@@ -19,17 +19,11 @@ from vhostd.errors import HostError
 from vhostd.keeper.child import Child, service_environment
 from vhostd.keeper.notify_socket import Notification, NotifySocket, Refused
 from vhostd.keeper.signals import SignalWakeup
-from vhostd.keeper.spare import Starter
+from vhostd.keeper.spare import LOAD_TIMEOUT_S, Starter
 from vhostd.keeper.speech import Complaints, printable, say
-from vhostd.keeper.store import (
-    RESERVED_FDS,
-    STORE_MAX,
-    AlreadyStored,
-    FdStore,
-    StoreFull,
-    raise_fd_limit,
-)
-from vhostd.systemd import is_fd_name, notify
+from vhostd.keeper.store import RESERVED_FDS, STORE_MAX, FdStore, raise_fd_limit
+from vhostd.keeper.store_requests import change_store
+from vhostd.systemd import notify
 
 STOP_TIMEOUT_S: Final = 5.0
 """From asking a service to end to SIGKILL."""
@@ -47,8 +41,6 @@ _SIGNAL_EXIT_BASE: Final = 128  # what a shell makes of death by signal
 
 _LAST_WORDS_MAX: Final = 65536
 """Messages taken in after the service's end; more than net.unix.max_dgram_qlen lets wait."""
-
-_STORED_NAME: Final = "stored"  # sd_notify(3): what FDSTORE=1 without FDNAME is called
 
 
 class Goal(enum.Enum):
@@ -70,11 +62,13 @@ def keep(
     socket_parent: Path | None = None,
     environment: Mapping[str, str] = os.environ,
     spare: bool = False,
+    load_timeout_s: float = LOAD_TIMEOUT_S,
 ) -> int:
     """Run a service, and again whenever it dies, with the descriptors it stored; its exit code.
 
     It ends when the service ends with 0, or with EXIT_CONFIG before any was ever ready, or on
-    SIGTERM and SIGINT, which are passed on. SIGHUP replaces the service by a new one (an upgrade).
+    SIGTERM and SIGINT, which are passed on. SIGHUP replaces the service by a new one (an upgrade);
+    with a spare only once the new program is loaded, so that one that can't be leaves the old one.
     Call it from the main thread of a process that has no other business: it raises the limit of
     descriptors and handles signals.
 
@@ -87,7 +81,8 @@ def keep(
         socket_parent: where the directory of NOTIFY_SOCKET is made; None: TMPDIR or /tmp. The path
             must fit into 108 bytes, unix(7).
         environment: the service's, less what a manager of ours said in it.
-        spare: have a second process load the program in advance; it must know of keeper.spare.
+        spare: have a second process load the program in advance, at an upgrade within
+            load_timeout_s; it must know of keeper.spare.
 
     Returns:
         The exit code of the last service, 128 + n if it died by signal n; 0 if SIGTERM came while
@@ -98,25 +93,32 @@ def keep(
     """
     _occupy_standard_descriptors()
     parent = socket_parent or Path(environment.get("TMPDIR") or "/tmp")
-    room = raise_fd_limit() - RESERVED_FDS
-    if room < store_max:
-        say(f"storing {room} descriptors at most, not {store_max}: the limit of open files")
+    room = _room(store_max)
     notify_socket = NotifySocket(parent)
     supervisor = Supervisor(
         argv,
-        service_environment(environment, str(notify_socket.path), watchdog_s, min(room, store_max)),
+        service_environment(environment, str(notify_socket.path), watchdog_s, room),
         notify_socket,
-        FdStore(min(room, store_max)),
+        FdStore(room),
         watchdog_s=watchdog_s,
         stop_timeout_s=stop_timeout_s,
         quick_death_s=quick_death_s,
         manager=environment,
         spare=spare,
+        load_timeout_s=load_timeout_s,
     )
     try:
         return supervisor.run()
     finally:
         supervisor.close()
+
+
+def _room(store_max: int) -> int:
+    """Of the store, with as many open files as we may have."""
+    room = raise_fd_limit() - RESERVED_FDS
+    if room < store_max:
+        say(f"storing {room} descriptors at most, not {store_max}: the limit of open files")
+    return min(room, store_max)
 
 
 def _occupy_standard_descriptors() -> None:
@@ -143,6 +145,7 @@ class Supervisor:
         quick_death_s: float,
         manager: Mapping[str, str],
         spare: bool,
+        load_timeout_s: float,
     ) -> None:
         """The arguments are keep()'s; the socket and the store are ours from here on.
 
@@ -156,7 +159,9 @@ class Supervisor:
         self._quick_death_s = quick_death_s
         self._signals = SignalWakeup()
         self._complaints = Complaints()
-        self._starter = Starter(argv, environment, self._complaints, spare=spare)
+        self._starter = Starter(
+            argv, environment, self._complaints, spare=spare, load_timeout_s=load_timeout_s
+        )
         self._child: Child | None = None
         self._goal = Goal.RUN
         self._ever_ready = False
@@ -172,13 +177,14 @@ class Supervisor:
             (notify_socket, self._on_message),
             (store, self._on_hang_up),
             (self._signals, self._on_signals),
+            (self._starter, self._on_renewed),
         ):
             self._selector.register(source, selectors.EVENT_READ, react)
 
     def close(self) -> None:
         """Let go of everything: stored descriptors are closed."""
-        self._starter.drop_spare()
         self._selector.close()
+        self._starter.close()
         self._signals.close()
         self._notify_socket.close()
         self._store.close()
@@ -205,6 +211,7 @@ class Supervisor:
                 self._ping_due_s,
                 self._kill_at_s,
                 self._starter.spare_due_s,
+                self._starter.renewed_by_s,
             )
             if at_s is not None
         ]
@@ -252,7 +259,8 @@ class Supervisor:
         self._selector.unregister(child)
         lived_s = child.lived_s
         code = child.reap()
-        goal = self._goal
+        upgrades = self._goal is Goal.RUN and self._starter.renewed_by_s is not None
+        goal = Goal.UPGRADE if upgrades else self._goal
         self._child = self._ping_due_s = self._kill_at_s = None
         how = f"ended with {code}" if code >= 0 else f"died by signal {-code}"
         say(f"PID {child.pid} {how} after {lived_s:.1f} s")
@@ -306,12 +314,22 @@ class Supervisor:
             self._exit_code = 0
 
     def _upgrade(self) -> None:
-        self._starter.drop_spare()  # it has the old program loaded
-        if self._child is None:
-            self._start_at_s = time.monotonic()
-        elif self._goal is Goal.RUN:
-            say(f"upgrading: PID {self._child.pid} is asked to end")
-            self._ask_to_end(self._child, Goal.UPGRADE, signal.SIGTERM)
+        now_s = time.monotonic()
+        if self._child is None or self._goal is not Goal.RUN:
+            self._starter.drop_spare()  # it has the old program loaded
+            self._start_at_s = now_s if self._child is None else None
+        elif self._starter.renew(now_s):
+            say(f"upgrading: PID {self._child.pid} serves until the new program is loaded")
+        else:
+            self._replace(self._child)
+
+    def _on_renewed(self) -> None:
+        if self._starter.renewed() and self._child is not None and self._goal is Goal.RUN:
+            self._replace(self._child)
+
+    def _replace(self, child: Child) -> None:
+        say(f"upgrading: PID {child.pid} is asked to end")
+        self._ask_to_end(child, Goal.UPGRADE, signal.SIGTERM)
 
     # What the service says and stores.
 
@@ -343,31 +361,10 @@ class Supervisor:
                 raise Refused("refused a BARRIER=1 that did not come alone")
             return
         if message.says("FDSTORE") or message.says("FDSTOREREMOVE"):
-            self._change_store(message)
+            change_store(self._store, message, self._complaints)
         if message.fds:
             self._complaints.complain("closed descriptors that were not to be stored")
         self._change_state(message)
-
-    def _change_store(self, message: Notification) -> None:
-        removes = message.says("FDSTOREREMOVE")
-        name = message.assignments.get("FDNAME", "" if removes else _STORED_NAME)
-        if not is_fd_name(name):
-            raise Refused("refused a message with a bad name of a descriptor")
-        if removes:
-            # As systemd has it: with FDSTORE=1 in the same message nothing is stored.
-            self._store.remove(name)
-            return
-        if not message.fds:
-            raise Refused("refused an FDSTORE=1 without a descriptor")
-        while message.fds:
-            try:
-                self._store.add(name, message.fds.pop(0), poll=not message.says("FDPOLL", "0"))
-            except AlreadyStored as known:
-                if known.name != name:
-                    detail = f"{name} is {known.name}"
-                    self._complaints.complain("a descriptor keeps its first name", detail)
-            except StoreFull as full:
-                self._complaints.complain("the store is full", str(full))
 
     def _tell_own_manager(self) -> None:
         """Whoever started us as a service waits for READY of us."""
