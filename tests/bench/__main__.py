@@ -138,6 +138,8 @@ def _measure(parts: Sequence[str], effort: Effort, folder: Path, findings: Findi
     if "wakeup" in parts:
         _say(f"round trips, {effort.wakeups} times {effort.rounds} of each")
         wakeup.measure(programs, effort.wakeups, effort.rounds, folder, findings)
+    if not {"guest", "mem", "pmem"}.isdisjoint(parts):
+        trio.run(guest_run.remark_acceleration, findings)
     if "guest" in parts:
         size = format_size(effort.guest_size)
         _say(f"real guests, {size} in and out, {effort.guests} of each device")

@@ -20,7 +20,7 @@ from vhostd.units import GiB, MiB
 from tests.bench.figures import BenchFailed, Findings, Row, Spread
 from tests.fakes.memory import PAGE_SIZE
 from tests.fakes.program import Program
-from tests.vm.guest import Guest, balloon_device, boot
+from tests.vm.guest import Guest, acceleration_of, balloon_device, boot
 from tests.vm.stack import Stack, ensure
 
 KERNEL = "6.12"
@@ -134,6 +134,12 @@ async def _run(device: Device, size: int) -> tuple[Cost, Cost]:
     if freed < size - UNTOUCHED_MAX:
         raise BenchFailed(f"real guest: the host got {freed} of {size} bytes")
     return inflate, await _move(device, 0, "balloon_deflate", pages)
+
+
+async def remark_acceleration(findings: Findings) -> None:
+    """Say what runs the guests' processors: with TCG no kick or call goes by eventfd alone."""
+    stack = await trio.to_thread.run_sync(ensure, (KERNEL,))
+    findings.remarks.append(f"real guests run with {(await acceleration_of(stack)).name}")
 
 
 async def measure(repeats: int, size: int, folder: Path, findings: Findings) -> None:

@@ -267,6 +267,11 @@ def _start(
     return process, streams[0], streams[1]
 
 
+async def acceleration_of(stack: Stack) -> Acceleration:
+    """What guests run with on this host, unless told otherwise."""
+    return await choose(stack, partial(_boots, stack))
+
+
 async def _boots(stack: Stack, acceleration: Acceleration) -> bool:
     kernel = next(iter(stack.kernels))
     try:
@@ -314,7 +319,7 @@ async def boot(
     has. Raises GuestBootError if it does not come
     up within `timeout_s`, and QemuDied at the end if QEMU ended by itself meanwhile.
     """
-    chosen = acceleration or await choose(stack, partial(_boots, stack))
+    chosen = acceleration or await acceleration_of(stack)
     machine = Machine(stack.kernel(kernel), memory, max_memory, smp, append, tuple(devices), nodes)
     folder = Path(tempfile.mkdtemp(prefix="vhostd-vm-"))
     try:
