@@ -1,5 +1,7 @@
 # make demo    everything from nothing, then the main job on a real guest
 # make test    everything from nothing, then all tests
+# make unit    the everyday loop: less than a minute
+# make host    all tests that need no guest
 # make lint    ruff, mypy --strict, clang-format
 # make bench   ratios against QEMU's built-in way and the host's limits, same run
 # make sanitize  native tests and the fuzzers' corpus under ASan and UBSan
@@ -13,9 +15,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 BUILD_INPUTS := pyproject.toml Makefile $(wildcard c_src/*.[ch]) vhostd/_native/build.py
 PYTEST_FLAGS ?=
+UNIT_TESTS := $(addprefix tests/,protocol session devices transport backend images fakes tidy) \
+	$(addprefix tests/test_,$(addsuffix .py,config units log qmp systemd))
 FUZZ_SECONDS ?= 60
 
-.PHONY: all demo test unit lint bench fuzz sanitize stack clean
+.PHONY: all demo test unit host lint bench fuzz sanitize stack clean
 
 all: $(VENV)/stamp
 
@@ -42,7 +46,11 @@ test: $(VENV)/stamp stack
 	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)
 	$(RUN) -m pytest -m guest -n 2 $(PYTEST_FLAGS)
 
+# The everyday loop: no process but pytest's own, or few and short ones.
 unit: $(VENV)/stamp
+	$(RUN) -m pytest -q -n 2 $(UNIT_TESTS) $(PYTEST_FLAGS)
+
+host: $(VENV)/stamp
 	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)
 
 lint: $(VENV)/stamp

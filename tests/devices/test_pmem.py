@@ -181,7 +181,9 @@ def test_an_image_that_can_t_be_opened_is_what_people_see_first() -> None:
 # -- for people ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pmem", [Pmem(SHMEM), Pmem(WINDOW), running()], ids=str)
+@pytest.mark.parametrize(
+    "pmem", [Pmem(SHMEM), Pmem(WINDOW), running()], ids=["shmem", "window", "running"]
+)
 @pytest.mark.parametrize("failure", [None, EIO])
 @pytest.mark.parametrize("counters", [{}, COUNTERS | SYNCS])
 def test_the_status_is_what_the_control_api_promises(
