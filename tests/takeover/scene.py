@@ -16,12 +16,19 @@ from tests.takeover.kept import Kept
 
 
 class Answerer:
-    """Answers what the daemon asks of the VMM, at any time, as QEMU does."""
+    """Answers what the daemon asks of the VMM, at any time, as QEMU does.
+
+    Attributes:
+        changes: config changes it was told of.
+        lost: the daemon hung up the channel.
+        reads: whether it reads what lies there before it is hung up on.
+    """
 
     def __init__(self, front: FrontEnd) -> None:
         """Answer on whatever is the front end's channel at the moment."""
         self.changes = 0
         self.lost = False
+        self.reads = True
         self._front = front
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -32,14 +39,16 @@ class Answerer:
         while not self._ended.is_set():
             with self._lock:
                 channel = self._front.backend_requests
-                if channel is None or self.lost:
-                    ready = False
-                else:
-                    ready = bool(select.select([channel], [], [], 0)[0])
+                ready = channel is not None and not self.lost and self._has_news(channel)
                 if ready and channel is not None:
                     self._answer(channel)
             if not ready:
                 self._ended.wait(0.001)
+
+    def _has_news(self, channel: Channel) -> bool:
+        poll = select.poll()
+        poll.register(channel, select.POLLRDHUP | (select.POLLIN if self.reads else 0))
+        return bool(poll.poll(0))
 
     def _answer(self, channel: Channel) -> None:
         try:

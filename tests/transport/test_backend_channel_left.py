@@ -7,11 +7,12 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 from vhostd.fds import OwnedFd
 from vhostd.protocol.requests import BackendRequest
 from vhostd.protocol.wire import ShmemMapping
-from vhostd.transport.backend_channel import BackendChannel
+from vhostd.transport.backend_channel import BackendChannel, ChannelClosed
 
 from tests.fakes import messages
 from tests.fakes.messages import u64
@@ -25,11 +26,15 @@ MAP = messages.header(BackendRequest.SHMEM_MAP, NEED_REPLY, len(MAPPING)) + MAPP
 
 
 @asynccontextmanager
-async def left(data: bytes, sent: int) -> AsyncIterator[tuple[BackendChannel, socket.socket]]:
+async def left(
+    data: bytes, sent: int, *, hung_up: bool = False
+) -> AsyncIterator[tuple[BackendChannel, socket.socket]]:
     """A channel of which `data` was to be sent, and `sent` bytes are on record; and its VMM."""
     with no_leak():
         ours, vmm = socket.socketpair()
         vmm.setblocking(False)
+        if hung_up:
+            ours.shutdown(socket.SHUT_RDWR)
         outbox = OwnedFd(os.memfd_create("outbox"))
         os.write(outbox.fileno(), CHANGE + data)
         os.lseek(outbox.fileno(), len(CHANGE) + sent, os.SEEK_SET)
@@ -93,3 +98,22 @@ async def test_one_whose_first_byte_is_on_record_goes_on() -> None:
         got = await receive(vmm, len(MAP) - 2)
         assert got == MAP[1:-1]
         await change(channel, vmm, MAP[-1:])
+
+
+@pytest.mark.parametrize("data", [b"", CHANGE, MAP], ids=["nothing", "change", "map"])
+@pytest.mark.parametrize("held_back", [0, 1, 5])
+async def test_one_that_was_hung_up_is_closed_and_nothing_else_is(
+    data: bytes, held_back: int
+) -> None:
+    async with left(data, max(0, len(data) - held_back), hung_up=True) as (channel, _vmm):
+        assert channel.closed
+        channel.on_stopping()
+        with pytest.raises(ChannelClosed):
+            await channel.request(BackendRequest.CONFIG_CHANGE_MSG)
+
+
+async def test_a_stop_after_the_vmm_has_hung_up_costs_the_channel_alone() -> None:
+    async with left(CHANGE, len(CHANGE) - 1) as (channel, vmm):
+        vmm.close()
+        channel.on_stopping()
+        assert channel.closed

@@ -97,22 +97,39 @@ class BackendChannel:
 
     @classmethod
     def resume(cls, fd: OwnedFd, outbox: OwnedFd, *, reply_ack: bool) -> BackendChannel:
-        """Go on with a predecessor's channel; a request of which nothing went out is forgotten."""
+        """Go on with a predecessor's channel; a request of which nothing went out is forgotten.
+
+        One that was hung up, by the VMM or by the predecessor, is closed.
+        """
         channel = cls(UnixStream.adopt(fd), reply_ack=reply_ack, outbox=outbox)
+        try:
+            channel._go_on()
+        except Disconnected:
+            channel.close()
+        return channel
+
+    def _go_on(self) -> None:
+        """Send what is missing of a predecessor's last request, all but its last byte.
+
+        Raises:
+            Disconnected: the channel was hung up.
+        """
+        if self._stream.hung_up:
+            raise Disconnected("hung up")
+        outbox = self._outbox
         last = _last_request(outbox)
         sent = os.lseek(outbox.fileno(), 0, os.SEEK_CUR)
         if last is None or sent == last.end:
-            return channel
+            return
         if sent == last.begin and not last.carries_fds:
             os.ftruncate(outbox.fileno(), sent)
-            return channel
+            return
         if sent == last.begin:
             # Only sendfile() says that it sent. A VMM that has the first byte and gets no more
             # stands still for good; one that has not, and gets the rest, gives up the channel.
             sent = os.lseek(outbox.fileno(), 1, os.SEEK_CUR)
-        sent += channel._stream.send_from(outbox.fileno(), last.end - 1 - sent)
-        channel._held_back = sent == last.end - 1
-        return channel
+        sent += self._stream.send_from(outbox.fileno(), last.end - 1 - sent)
+        self._held_back = sent == last.end - 1
 
     @property
     def outbox_fd(self) -> int:
@@ -145,10 +162,13 @@ class BackendChannel:
         """
         if not self._held_back or self.closed:
             return
-        if self._stream.unread:
-            self.close()
-        else:
-            self._finish()
+        try:
+            if self._stream.unread:
+                self.close()
+            else:
+                self._finish()
+        except (Disconnected, HostError):
+            self.close()  # the VMM has hung up this channel, and that alone
 
     def _finish(self) -> None:
         if self._stream.send_from(self._outbox.fileno(), 1) == 0:
