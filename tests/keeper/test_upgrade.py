@@ -9,8 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vhostd.keeper.spare import Starter
+from vhostd.keeper.speech import Complaints
+
 from tests.daemon import children
-from tests.keeper.keeping import Keeper, Service, closing, keeping
+from tests.fakes.eventfd import wait_readable
+from tests.keeper.keeping import (
+    ROOT,
+    TIMEOUT_S,
+    Keeper,
+    Service,
+    closing,
+    keeping,
+    loaded_spare,
+)
 
 SERVICE = Path(__file__).with_name("service.py")
 LOADS = f"import runpy; runpy.run_path({str(SERVICE)!r}, run_name='__main__')"
@@ -89,6 +101,16 @@ def test_a_program_that_cannot_be_loaded_is_not_upgraded_to(folder: Path) -> Non
         upgraded(keeper)
 
 
+def test_one_that_dies_after_that_is_followed_by_the_old_program(folder: Path) -> None:
+    with upgradable(folder) as (keeper, program, service):
+        spare = loaded_spare(keeper.process.pid, service.pid)
+        program.install(ENDS)
+        keeper.signal(signal.SIGHUP)
+        keeper.wait_line("no upgrade")
+        service.kill()
+        assert upgraded(keeper).pid == spare
+
+
 def test_a_program_that_stands_still_is_not_upgraded_to(folder: Path) -> None:
     with upgradable(folder, load_timeout_s=0.3) as (keeper, program, service):
         program.install(STANDS_STILL)
@@ -117,6 +139,30 @@ def test_asked_for_twice_it_is_the_last_program_that_counts(folder: Path) -> Non
         program.install(LOADS)
         keeper.signal(signal.SIGHUP)
         assert upgraded(keeper).pid != service.pid
+
+
+def test_what_a_renewal_had_to_say_is_not_taken_for_the_next_one_s(folder: Path) -> None:
+    """The keeper may hear at once that one is loaded, and that there is to be another."""
+    program = Program(folder)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    starter = Starter(
+        [sys.executable, "-S", str(program.path), "nowhere"],
+        environment,
+        Complaints(),
+        spare=True,
+        load_timeout_s=TIMEOUT_S,
+    )
+    try:
+        assert starter.renew(0)
+        assert wait_readable(starter.fileno(), TIMEOUT_S)
+        program.install_gated()
+        assert starter.renew(0)
+        assert not starter.renewed(0) and starter.renewed_by_s is not None
+        program.open_gate()
+        assert wait_readable(starter.fileno(), TIMEOUT_S)
+        assert starter.renewed(0) and starter.renewed_by_s is None
+    finally:
+        starter.close()
 
 
 def test_sigterm_while_the_new_one_loads_ends_all(folder: Path) -> None:

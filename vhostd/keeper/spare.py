@@ -101,7 +101,9 @@ class Spare:
 class Starter:
     """Starts services, and has a spare one ready if that is wanted.
 
-    fileno() is readable when renewed() has something to say.
+    At an upgrade there is a second one for a while, which loads the new program: where it can't,
+    the one with the old program is there as before. fileno() is readable when renewed() has
+    something to say.
 
     Attributes:
         spare_due_s: when the next spare is to be started, on the monotonic clock; None: not.
@@ -123,6 +125,7 @@ class Starter:
         self._complaints = complaints
         self._wanted = spare
         self._spare: Spare | None = None
+        self._renewal: Spare | None = None
         self._load_timeout_s = load_timeout_s
         self._loading = select.epoll()
         self.spare_due_s: float | None = None
@@ -134,7 +137,7 @@ class Starter:
 
     def close(self) -> None:
         """Let go of everything."""
-        self.drop_spare()
+        self.drop_spares()
         self._loading.close()
 
     def start(self, stored: Sequence[tuple[str, int]]) -> Child:
@@ -143,7 +146,7 @@ class Starter:
         Raises:
             OSError: no process could be had.
         """
-        self.spare_due_s = self.renewed_by_s = None
+        self.spare_due_s = None
         spare, self._spare = self._spare, None
         if spare is not None and spare.loaded:
             try:
@@ -152,54 +155,69 @@ class Starter:
                 self._complaints.complain("a spare process failed", str(error))
         if spare is not None:
             spare.drop()
+        self._drop_renewal()  # what is loaded now is the new program
         return start(self._argv, self._environment, stored)
 
     def plan_spare(self, now_s: float) -> None:
         """The service serves: there is time for a spare soon."""
-        if self._wanted and self._spare is None:
+        if self._wanted and self._spare is None and self.renewed_by_s is None:
             self.spare_due_s = now_s + SPARE_DELAY_S
 
     def on_deadline(self, now_s: float) -> None:
         """Start a spare, or give up waiting for one, if its time has come."""
         if self.spare_due_s is not None and now_s >= self.spare_due_s:
             self.spare_due_s = None
-            self._begin_spare()
+            self._spare = self._new_spare()
         if self.renewed_by_s is not None and now_s >= self.renewed_by_s:
-            self.drop_spare()
-            say(f"no upgrade: the program has not loaded within {self._load_timeout_s} s")
+            self._give_up(f"the program has not loaded within {self._load_timeout_s} s", now_s)
 
-    def _begin_spare(self) -> None:
+    def _new_spare(self) -> Spare | None:
         try:
-            self._spare = Spare(self._argv, self._environment)
+            return Spare(self._argv, self._environment)
         except OSError as error:
             self._complaints.complain("no spare process can be started", str(error.strerror))
+            return None
 
     def renew(self, now_s: float) -> bool:
-        """Have a spare load the program as it is now; False: there is to be, or can be, none."""
-        self.drop_spare()
-        if self._wanted:
-            self._begin_spare()
-        if self._spare is None:
+        """Have a spare load the program as it is now; False: there is to be none."""
+        if not self._wanted:
             return False
-        self._loading.register(self._spare, select.EPOLLIN)
-        self.renewed_by_s = now_s + self._load_timeout_s
+        self._drop_renewal()
+        self.spare_due_s = None
+        self._renewal = self._new_spare()
+        if self._renewal is not None:
+            self._loading.register(self._renewal, select.EPOLLIN)
+            self.renewed_by_s = now_s + self._load_timeout_s
         return True
 
-    def renewed(self) -> bool:
-        """A renewal is over: is there a spare that has the program loaded?"""
-        self.renewed_by_s = None
-        if self._spare is None:
+    def renewed(self, now_s: float) -> bool:
+        """Whether a renewal is over, so that the spare has the program loaded as it is now."""
+        if self._renewal is None or not self._loading.poll(0):
+            return False  # it was another that had something to say, and is gone
+        if not self._renewal.loaded:
+            self._give_up("the program ended before it was loaded", now_s)
             return False
-        self._loading.unregister(self._spare)
-        if self._spare.loaded:
-            return True
-        self.drop_spare()
-        say("no upgrade: the program ended before it was loaded")
-        return False
+        self._loading.unregister(self._renewal)
+        renewal, self._renewal = self._renewal, None
+        self.drop_spares()
+        self._spare = renewal
+        return True
 
-    def drop_spare(self) -> None:
+    def _give_up(self, why: str, now_s: float) -> None:
+        self._drop_renewal()
+        self.plan_spare(now_s)
+        say(f"no upgrade: {why}")
+
+    def _drop_renewal(self) -> None:
+        self.renewed_by_s = None
+        renewal, self._renewal = self._renewal, None
+        if renewal is not None:
+            renewal.drop()
+
+    def drop_spares(self) -> None:
         """There is to be none for now."""
-        self.spare_due_s = self.renewed_by_s = None
+        self._drop_renewal()
+        self.spare_due_s = None
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.drop()

@@ -259,8 +259,10 @@ class Supervisor:
         self._selector.unregister(child)
         lived_s = child.lived_s
         code = child.reap()
-        upgrades = self._goal is Goal.RUN and self._starter.renewed_by_s is not None
-        goal = Goal.UPGRADE if upgrades else self._goal
+        if self._goal is Goal.RUN and self._starter.renewed_by_s is not None:
+            self._goal = Goal.UPGRADE  # sooner than was thought
+            self._starter.drop_spares()
+        goal = self._goal
         self._child = self._ping_due_s = self._kill_at_s = None
         how = f"ended with {code}" if code >= 0 else f"died by signal {-code}"
         say(f"PID {child.pid} {how} after {lived_s:.1f} s")
@@ -314,17 +316,18 @@ class Supervisor:
             self._exit_code = 0
 
     def _upgrade(self) -> None:
-        now_s = time.monotonic()
         if self._child is None or self._goal is not Goal.RUN:
-            self._starter.drop_spare()  # it has the old program loaded
-            self._start_at_s = now_s if self._child is None else None
-        elif self._starter.renew(now_s):
+            self._starter.drop_spares()  # which have the old program loaded
+            if self._child is None:
+                self._start_at_s = time.monotonic()
+        elif self._starter.renew(time.monotonic()):
             say(f"upgrading: PID {self._child.pid} serves until the new program is loaded")
         else:
             self._replace(self._child)
 
     def _on_renewed(self) -> None:
-        if self._starter.renewed() and self._child is not None and self._goal is Goal.RUN:
+        loaded = self._starter.renewed(time.monotonic())
+        if loaded and self._child is not None and self._goal is Goal.RUN:
             self._replace(self._child)
 
     def _replace(self, child: Child) -> None:
