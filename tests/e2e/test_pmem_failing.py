@@ -11,10 +11,18 @@ import pytest
 from vhostd.images.image_file import create_image
 
 from tests.e2e.conftest import DISK_SIZE, VM, ServeDisk, disk_device
-from tests.fakes.sync_shim import SyncShim
+from tests.fakes.sync_shim import SyncShim, WatchedFile
 from tests.vm.guest import Guest
 
 pytestmark = pytest.mark.guest
+
+
+def failing_disk(folder: Path) -> tuple[WatchedFile, str, dict[str, str]]:
+    """A disk whose syncs are in our hands: those, its configuration, the daemon's environment."""
+    image = folder / "disk.img"
+    create_image(image, DISK_SIZE)
+    shim = SyncShim.build(folder)
+    return shim.watch(image), disk_device(image, "shmem"), dict(shim.environment())
 
 
 async def synced(guest: Guest) -> bool:
@@ -29,12 +37,8 @@ async def synced(guest: Guest) -> bool:
 async def test_a_sync_that_failed_once_fails_until_it_is_cleared(
     serve_disk: ServeDisk, tmp_path: Path
 ) -> None:
-    image = tmp_path / "disk.img"
-    create_image(image, DISK_SIZE)
-    shim = SyncShim.build(tmp_path)
-    file = shim.watch(image)
-    devices = disk_device(image, "shmem")
-    async with serve_disk(devices, environment=dict(shim.environment())) as served:
+    file, devices, environment = failing_disk(tmp_path)
+    async with serve_disk(devices, environment=environment) as served:
         assert await synced(served.guest)
         file.fail(errno.EIO, 1)
         assert not await synced(served.guest)
@@ -54,12 +58,7 @@ async def test_a_failed_sync_stays_failed_over_deaths_and_reboots(
     serve_disk: ServeDisk, tmp_path: Path
 ) -> None:
     """Of vhostd, killed and started anew, and of the guest; the storage is healthy all the time."""
-    image = tmp_path / "disk.img"
-    create_image(image, DISK_SIZE)
-    shim = SyncShim.build(tmp_path)
-    file = shim.watch(image)
-    devices = disk_device(image, "shmem")
-    environment = dict(shim.environment())
+    file, devices, environment = failing_disk(tmp_path)
     async with serve_disk(devices, environment=environment, keep=True) as served:
         assert await synced(served.guest)
         file.fail(errno.EIO, 1)

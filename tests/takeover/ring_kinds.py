@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 from tests.fakes.driver import Buffer
@@ -12,7 +13,7 @@ from tests.fakes.memory import PAGE_SIZE
 from tests.fakes.messages import Request, u64, vring_state
 from tests.native.rig import wait_until
 from tests.takeover.balloon_scene import RING, BalloonVm, Kind
-from tests.takeover.scene import readable
+from tests.takeover.scene import nothing, readable
 
 NOWHERE = 1 << 15  # no descriptor has this number
 
@@ -52,19 +53,24 @@ def _ring_kind(request: Request) -> Kind:
     )
 
 
-def _new_call(vm: BalloonVm) -> None:
-    os.close(vm.ring.call_fd)
-    vm.ring.call_fd = new_eventfd()
+def _renew(role: str, vm: BalloonVm) -> None:
+    name = f"{role}_fd"
+    os.close(getattr(vm.ring, name))
+    setattr(vm.ring, name, new_eventfd())
 
 
-def _new_kick(vm: BalloonVm) -> None:
-    os.close(vm.ring.kick_fd)
-    vm.ring.kick_fd = new_eventfd()
-
-
-def _new_err(vm: BalloonVm) -> None:
-    os.close(vm.ring.err_fd)
-    vm.ring.err_fd = new_eventfd()
+def _eventfd_kind(
+    name: str, request: Request, role: str, finish: Callable[[BalloonVm], None] = nothing
+) -> Kind:
+    """A ring that runs gets another of its eventfds."""
+    return Kind(
+        name,
+        request,
+        lambda vm: u64(RING),
+        lambda vm: [getattr(vm.ring, f"{role}_fd")],
+        ready=partial(_renew, role),
+        finish=finish,
+    )
 
 
 def _fault_is_told(vm: BalloonVm) -> None:
@@ -108,28 +114,9 @@ RINGS = [
     _ring_kind(Request.SET_VRING_BASE),
     _ring_kind(Request.SET_VRING_ADDR),
     _ring_kind(Request.SET_VRING_KICK),
-    Kind(
-        "set-vring-kick-running",
-        Request.SET_VRING_KICK,
-        lambda vm: u64(RING),
-        lambda vm: [vm.ring.kick_fd],
-        ready=_new_kick,
-    ),
-    Kind(
-        "set-vring-call",
-        Request.SET_VRING_CALL,
-        lambda vm: u64(RING),
-        lambda vm: [vm.ring.call_fd],
-        ready=_new_call,
-    ),
-    Kind(
-        "set-vring-err",
-        Request.SET_VRING_ERR,
-        lambda vm: u64(RING),
-        lambda vm: [vm.ring.err_fd],
-        ready=_new_err,
-        finish=_fault_is_told,
-    ),
+    _eventfd_kind("set-vring-kick-running", Request.SET_VRING_KICK, "kick"),
+    _eventfd_kind("set-vring-call", Request.SET_VRING_CALL, "call"),
+    _eventfd_kind("set-vring-err", Request.SET_VRING_ERR, "err", _fault_is_told),
     Kind(
         "set-vring-disable",
         Request.SET_VRING_ENABLE,

@@ -157,7 +157,8 @@ class ActionPerformer:
         """Let go of everything; the native device is detached. leave: to a successor."""
         if leave:
             self._requests.leave()
-        self._requests.use(None)
+        else:
+            self._requests.use(None)
         self._rings.close()
         self._memory.release()
         if self._log is not None:
@@ -246,8 +247,8 @@ class ActionPerformer:
 
     async def _set_backend_channel(self, action: actions.SetBackendChannel) -> None:
         if self._requests.uses(action.file):
-            # A predecessor died before it had recorded this message: its channel goes on, in the
-            # middle of a request maybe.
+            # Sent twice, or a predecessor died before it had recorded this message: the channel
+            # goes on, in the middle of a request maybe.
             action.file.close()
             return
         channel = BackendChannel.adopt(
