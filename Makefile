@@ -1,7 +1,8 @@
 # make demo    everything from nothing, then the main job on a real guest
-# make test    everything from nothing, then all tests
+# make test    everything from nothing, then all tests of every day
+# make test-long  everything from nothing, then all tests there are: hours
 # make unit    the everyday loop: less than a minute
-# make host    all tests that need no guest
+# make host    the tests of every day that need no guest
 # make lint    ruff, mypy --strict, clang-format
 # make bench   ratios against QEMU's built-in way and the host's limits, same run
 # make sanitize  native tests and the fuzzers' corpus under ASan and UBSan
@@ -19,7 +20,7 @@ UNIT_TESTS := $(addprefix tests/,protocol session devices transport backend imag
 	$(addprefix tests/test_,$(addsuffix .py,config units log qmp systemd))
 FUZZ_SECONDS ?= 60
 
-.PHONY: all demo test unit host lint bench fuzz sanitize stack clean
+.PHONY: all demo test test-long unit host lint bench fuzz sanitize stack clean
 
 all: $(VENV)/stamp
 
@@ -43,15 +44,23 @@ stack: $(VENV)/stamp
 
 # Guests wait a lot, so two run at a time; what measures memory or races runs alone.
 test: $(VENV)/stamp stack
-	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)
-	$(RUN) -m pytest -m guest -n 2 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not guest and not long" $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "guest and not long" -n 2 $(PYTEST_FLAGS)
+
+# Whole where the tests of every day take a sample: the same tests with long arguments, and
+# those that are only run here.
+LONG_FLAGS := --repeats=10000 --every-place --rounds=1000 --kills=50 --takeovers=50 --timeout=7200
+
+test-long: $(VENV)/stamp stack
+	$(RUN) -m pytest -m "not guest" $(LONG_FLAGS) $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m guest -n 2 $(LONG_FLAGS) $(PYTEST_FLAGS)
 
 # The everyday loop: no process but pytest's own, or few and short ones.
 unit: $(VENV)/stamp
-	$(RUN) -m pytest -q -n 2 $(UNIT_TESTS) $(PYTEST_FLAGS)
+	$(RUN) -m pytest -q -n 2 -m "not long" $(UNIT_TESTS) $(PYTEST_FLAGS)
 
 host: $(VENV)/stamp
-	$(RUN) -m pytest -m "not guest" $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not guest and not long" $(PYTEST_FLAGS)
 
 lint: $(VENV)/stamp
 	$(RUN) -m ruff check .

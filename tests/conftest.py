@@ -12,20 +12,41 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Long runs of what is random; few repeats are the everyday ones."""
+    """What `make test-long` makes longer; the defaults are the everyday ones."""
     parser.addoption("--kills", type=int, default=8, help="times QEMU is killed under a disk")
     parser.addoption("--takeovers", type=int, default=8, help="times vhostd is killed")
+    parser.addoption("--repeats", type=int, default=100, help="times a hostile input is repeated")
+    parser.addoption("--rounds", type=int, default=100, help="times a VMM comes and goes")
+    parser.addoption(
+        "--every-place",
+        action="store_true",
+        help="kill vhostd at every place of a request, not at some of them",
+    )
+
+
+def _number(request: pytest.FixtureRequest, option: str) -> int:
+    return int(request.config.getoption(option))
 
 
 @pytest.fixture
 def takeovers(request: pytest.FixtureRequest) -> int:
     """How often to kill vhostd."""
-    found: int = request.config.getoption("--takeovers")
-    return found
+    return _number(request, "--takeovers")
 
 
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     """How often to kill QEMU."""
-    found: int = request.config.getoption("--kills")
-    return found
+    return _number(request, "--kills")
+
+
+@pytest.fixture
+def repeats(request: pytest.FixtureRequest) -> int:
+    """How often to repeat each hostile input."""
+    return _number(request, "--repeats")
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    """How often a VMM comes and goes."""
+    return _number(request, "--rounds")

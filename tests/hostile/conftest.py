@@ -12,23 +12,6 @@ from tests.hostile.oracle import Oracle
 
 PROGRAM = "vhostd-balloon"
 OFFER_ALL = ("--packed", "--in-order", "--page-poison")  # whatever it can do
-REPEATS_EVERYDAY = 100
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --repeats; the long run is `pytest tests/hostile --repeats=10000`."""
-    parser.addoption(
-        "--repeats",
-        type=int,
-        default=REPEATS_EVERYDAY,
-        help="how often each hostile input is repeated in the leak tests",
-    )
-
-
-@pytest.fixture(scope="session")
-def repeats(pytestconfig: pytest.Config) -> int:
-    """How often to repeat each input."""
-    return int(pytestconfig.getoption("--repeats", default=REPEATS_EVERYDAY))
 
 
 class Stand:
