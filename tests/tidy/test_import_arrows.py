@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vhostd"
 
@@ -45,24 +43,37 @@ def imports_of(path: Path) -> set[str]:
 FILES = sorted(path for room in ARROWS for path in (PACKAGE / room).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_only_what_it_may(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0]
-    allowed = ARROWS[room] | LEAVES | {room}
-    ours = {name.split(".")[1] for name in imports_of(path) if name.startswith("vhostd.")}
-    assert ours - allowed == set()
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if path.relative_to(PACKAGE).parts[0] in PURE],
-    ids=lambda path: str(path.relative_to(PACKAGE)),
-)
-def test_the_core_does_no_io(path: Path) -> None:
-    assert {name.split(".")[0] for name in imports_of(path)} & NOT_PURE == set()
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
-def test_only_the_native_room_sees_cffi(path: Path) -> None:
-    if path.relative_to(PACKAGE).parts[0] != "_native":
-        assert "cffi" not in {name.split(".")[0] for name in imports_of(path)}
+def test_a_room_imports_only_what_it_may() -> None:
+    wrong: dict[str, set[str]] = {}
+    for path in FILES:
+        allowed = ARROWS[room_of(path)] | LEAVES | {room_of(path)}
+        ours = {name.split(".")[1] for name in imports_of(path) if name.startswith("vhostd.")}
+        if ours - allowed:
+            wrong[name_of(path)] = ours - allowed
+    assert wrong == {}
+
+
+def test_the_core_does_no_io() -> None:
+    wrong: dict[str, set[str]] = {}
+    for path in FILES:
+        impure = {name.split(".")[0] for name in imports_of(path)} & NOT_PURE
+        if room_of(path) in PURE and impure:
+            wrong[name_of(path)] = impure
+    assert wrong == {}
+
+
+def test_only_the_native_room_sees_cffi() -> None:
+    seers = {
+        room_of(path)
+        for path in PACKAGE.rglob("*.py")
+        if "cffi" in {name.split(".")[0] for name in imports_of(path)}
+    }
+    assert seers == {"_native"}
