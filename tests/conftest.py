@@ -5,6 +5,11 @@ from __future__ import annotations
 import signal
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of the code, so no test has a time limit per example.
+settings.register_profile("vhostd", deadline=None)
+settings.load_profile("vhostd")
 
 # A shell that starts us in the background has SIGINT ignored, and that is inherited: programs under
 # test could not be interrupted.

@@ -289,7 +289,7 @@ TABLES = st.recursive(
 
 
 @given(TABLES)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_toml_is_a_configuration_or_a_list_of_one_line_mistakes(
     file: Path, table: dict[str, object]
 ) -> None:

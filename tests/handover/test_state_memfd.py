@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vhostd.errors import HostError, VhostdError
 from vhostd.fds import OwnedFd
@@ -102,7 +102,6 @@ def test_a_write_torn_at_any_byte_leaves_the_last_payload(
         assert read_image(contents(state.fileno())) == payloads[commits]
 
 
-@settings(deadline=None)
 @given(PAYLOADS, PAYLOADS, PAYLOADS)
 def test_a_file_torn_at_any_byte_has_one_payload_or_the_other(
     first: bytes, second: bytes, third: bytes
@@ -116,7 +115,6 @@ def test_a_file_torn_at_any_byte_has_one_payload_or_the_other(
         assert read_image(after[:cut] + before[cut:]) in (second, third)
 
 
-@settings(deadline=None)
 @given(st.lists(PAYLOADS, min_size=1, max_size=4), st.data())
 def test_flipped_bits_never_give_other_bytes(payloads: list[bytes], data: st.DataObject) -> None:
     with state_of(40, payloads) as state:
@@ -141,7 +139,6 @@ def test_every_single_bit_of_the_only_payload_is_checked() -> None:
             read_image(bytes(flipped))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000), st.data())
 def test_any_payload_up_to_the_capacity_comes_back(capacity: int, data: st.DataObject) -> None:
     sizes = st.one_of(st.just(capacity), st.just(0), st.integers(0, capacity))

@@ -296,7 +296,6 @@ TestFrontEnds = FrontEnds.TestCase
 TestFrontEnds.settings = settings(
     max_examples=120,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 
