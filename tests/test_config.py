@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vhostd.__main__ import main
 from vhostd.config import Config, MetricsConfig, VmConfig, load
 from vhostd.config_devices import BalloonConfig, MemConfig, PmemConfig
 from vhostd.errors import ConfigError
@@ -301,3 +303,28 @@ def test_any_toml_is_a_configuration_or_a_list_of_one_line_mistakes(
         assert all("\n" not in line for line in error.mistakes)
     else:
         assert config.vms
+
+
+def test_what_no_vmm_is_given_is_loaded_and_refused_by_check_config(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VMs of the file are served: one of them may have such a disk from an earlier release."""
+    file.write_text(EXAMPLE + PMEM.replace('"4GiB"', '"3GiB"'))
+    (refusal,) = load(file).refusals
+    assert refusal.startswith(f"{file}: vm.web.pmem[0].size: 3221225472 is no power of two")
+    monkeypatch.setattr(sys, "argv", ["vhostd", "check-config", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == refusal + "\n"
+
+
+def test_mistakes_and_refusals_are_told_together(mistakes: Mistakes) -> None:
+    found = mistakes(EXAMPLE + PMEM.replace('"4GiB"', '"3GiB"') + "nonsense = 1\n")
+    assert ["pmem[0].nonsense" in found[0], "no power of two" in found[1]] == [True, True]
+
+
+def test_a_window_has_any_size(file: Path) -> None:
+    window = PMEM.replace('"shmem"', '"window"') + "window_address = 0x240000000\n"
+    file.write_text(EXAMPLE + window.replace('"4GiB"', '"3GiB"'))
+    assert load(file).refusals == ()

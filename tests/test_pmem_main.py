@@ -89,6 +89,7 @@ def test_its_capabilities_are_json_whatever_else_is_said(more: tuple[str, ...]) 
         (["--size=lots"], "is not a size"),
         (["--mode=nvdimm"], "'nvdimm'"),
         (["--surprise"], "--surprise"),
+        (["--size=48M"], "size: 50331648 is no power of two"),
         (["--size=3M"], "size: 3145728 must be a multiple of 2097152"),
         (["--mode=window"], "window_address"),
         (["--mode=window", "--window-address=0x1000"], "window_address: 0x1000"),
@@ -137,7 +138,7 @@ def test_a_missing_image_is_exit_1_with_the_command_that_makes_it(image: Path) -
 
 
 def test_an_image_too_short_or_in_use_is_exit_1(image: Path) -> None:
-    assert refused(image, "--size=66M").startswith(f"has {SIZE} bytes, the device is to have")
+    assert refused(image, "--size=128M").startswith(f"has {SIZE} bytes, the device is to have")
     with closing(open_image(image, SIZE, readonly=False)):
         assert refused(image).startswith("another program ")
 

@@ -58,7 +58,9 @@ def run(config_path: Path, runtime_dir: Path | None, state_dir: Path | None, kee
 @click.argument("config_path", metavar="FILE", type=click.Path(path_type=Path))
 def check_config(config_path: Path) -> None:
     """Exit 0, or 2 with one line a mistake."""
-    load(config_path)
+    config = load(config_path)
+    if config.refusals:
+        raise ConfigError(*config.refusals)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -75,13 +75,20 @@ class MetricsConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole file. `log_format` None: console on a terminal, json elsewhere."""
+    """The whole file.
+
+    Attributes:
+        log_format: None: console on a terminal, json elsewhere.
+        refusals: a line for each device that no VMM that connects is given. A VMM that has it
+            from an earlier release keeps it, so this is no reason not to serve the others.
+    """
 
     runtime_dir: Path = DEFAULT_RUNTIME_DIR
     state_dir: Path = DEFAULT_STATE_DIR
     log_format: LogFormat | None = None
     metrics: MetricsConfig | None = None
     vms: Mapping[str, VmConfig] = field(default_factory=dict)
+    refusals: tuple[str, ...] = ()
 
     @property
     def control_socket(self) -> Path:
@@ -109,7 +116,7 @@ def load(path: Path, *, runtime_dir: Path | None = None, state_dir: Path | None 
         raise ConfigError(f"{path}: is not TOML: values are nested too deeply") from error
     config = _read(Table(raw, mistakes), runtime_dir, state_dir)
     mistakes.raise_if_any()
-    return config
+    return replace(config, refusals=tuple(mistakes.refusals))
 
 
 def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Config:

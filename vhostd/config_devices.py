@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from vhostd.config_reader import Mistakes, Table
+from vhostd.devices.pmem import shared_memory_refusal
 from vhostd.units import MiB, TiB
 
 STATS_INTERVAL_MIN_S: Final = 0.1
@@ -196,6 +197,10 @@ def read_pmem(table: Table, identifier: str, socket: Path) -> PmemConfig:
     size = table.size("size", required=True)
     _multiple(table, "size", size, PMEM_ALIGNMENT, PMEM_ALIGNMENT)
     mode = table.choice("mode", ("shmem", "window")) or "shmem"
+    if mode == "shmem" and size and not size % PMEM_ALIGNMENT:
+        why = shared_memory_refusal(size, str(file))
+        if why is not None:
+            table.refusal("size", why)
     if mode == "shmem" and "window_address" in table:
         table.mistake("window_address", 'means nothing with mode = "shmem"; remove it')
     address = _window(table, PMEM_ALIGNMENT, required=mode == "window")
@@ -258,7 +263,7 @@ def mem_from_options(
     mistakes = Mistakes(program)
     given = {key: value for key, value in options.items() if value is not None}
     config = read_mem(Table(given, mistakes), identifier, socket)
-    mistakes.raise_if_any()
+    mistakes.raise_if_any(refusals=True)
     return config
 
 
@@ -273,5 +278,5 @@ def pmem_from_options(
     mistakes = Mistakes(program)
     given = {key: value for key, value in options.items() if value is not None}
     config = read_pmem(Table(given, mistakes), identifier, socket)
-    mistakes.raise_if_any()
+    mistakes.raise_if_any(refusals=True)
     return config

@@ -17,20 +17,29 @@ TYPE_NAMES = {bool: "true or false", float: "a number", str: "text in quotes"}
 
 
 class Mistakes:
-    """Everything wrong with one file, in the order it was found."""
+    """Everything wrong with one file, in the order it was found.
+
+    Attributes:
+        refusals: what can be loaded, but is given to no VMM that connects; one line each.
+    """
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._lines: list[str] = []
+        self.refusals: list[str] = []
 
     def add(self, where: str, text: str) -> None:
         """Add a line "FILE: KEY: TEXT"; a key's or value's line breaks are escaped."""
         self._lines.append(_visible(f"{self._source}: {where}: {text}"))
 
-    def raise_if_any(self) -> None:
-        """Raises ConfigError with all of them, if there are any."""
-        if self._lines:
-            raise ConfigError(*self._lines)
+    def add_refusal(self, where: str, text: str) -> None:
+        """Add such a line to the refusals."""
+        self.refusals.append(_visible(f"{self._source}: {where}: {text}"))
+
+    def raise_if_any(self, *, refusals: bool = False) -> None:
+        """Raises ConfigError with all lines, if there are any; refusals alone count if asked."""
+        if self._lines or (refusals and self.refusals):
+            raise ConfigError(*self._lines, *self.refusals)
 
 
 def _visible(text: str) -> str:
@@ -58,6 +67,13 @@ class Table:
     def mistake(self, key: str, text: str) -> None:
         """Say what is wrong with a key; an empty one means the table itself."""
         self._mistakes.add(self._name(key), text)
+
+    def refusal(self, key: str, text: str) -> None:
+        """Say why no VMM that connects gets what a key describes.
+
+        A VMM that has it already, from a predecessor of this process, keeps it.
+        """
+        self._mistakes.add_refusal(self._name(key), text)
 
     def end(self) -> None:
         """Every key was asked for: name the ones that nobody knows."""

@@ -200,6 +200,10 @@ def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
     Raises:
         ConfigError, HostError: it cannot be served; the text is for the operator.
     """
+    for line in config.refusals:
+        get_logger().error(
+            LogEvent.DEVICE_REFUSED, error=line, consequence="a VMM that connects is turned away"
+        )
     sources: list[tuple[VmConfig, list[Source]]] = []
     if not passed:
         load_control()  # who finds a device's socket finds the control socket, too

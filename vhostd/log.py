@@ -44,6 +44,7 @@ class LogEvent(StrEnum):
     QUEUE_QUARANTINED = "queue_quarantined"
     CHAIN_REJECTED = "chain_rejected"
     DISCARD_FAILED = "discard_failed"
+    DEVICE_REFUSED = "device_refused"
     IMAGE_UNUSABLE = "image_unusable"
     IMAGE_NOT_LOCKED = "image_not_locked"
     IMAGE_NOT_MAPPED = "image_not_mapped"

@@ -66,3 +66,8 @@ def align_down(value: int, alignment: int) -> int:
 def align_up(value: int, alignment: int) -> int:
     """The smallest multiple of alignment (a power of two) that is not below value."""
     return align_down(value + alignment - 1, alignment)
+
+
+def power_of_two_up(value: int) -> int:
+    """The smallest power of two that is not below value, which is above 0."""
+    return 1 << (value - 1).bit_length()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from struct import unpack
 from typing import Any
@@ -12,9 +13,16 @@ from typing import Any
 import pytest
 import trio
 from structlog.testing import capture_logs
+from vhostd.backend.configured import pmem_of
+from vhostd.backend.image_opening import open_for
+from vhostd.backend.left import Left
 from vhostd.devices.base import DeviceEvent, Refused
-from vhostd.images.image_file import create_image, open_image
+from vhostd.fds import OwnedFd
+from vhostd.handover.fd_store import DeviceKeeping, KeptFds, NoStore
+from vhostd.handover.vm_record import DeviceRecord
+from vhostd.images.image_file import ImageUnusable, create_image, open_image
 from vhostd.log import LogEvent
+from vhostd.session.state import SessionState
 from vhostd.units import MiB
 
 from tests.backend.disks import (
@@ -98,6 +106,31 @@ async def test_a_missing_image_turns_the_vmm_away_and_one_made_later_does_not(
                 assert await blocking(guest.flush) == FLUSHED
     (line,) = lines(log, LogEvent.IMAGE_UNUSABLE)
     assert (line["error"], line["log_level"]) == (told["error"], "error")
+
+
+async def test_a_size_qemu_can_not_have_turns_the_vmm_away_before_it_asks(tmp_path: Path) -> None:
+    pmem = replace(disk(tmp_path), size=48 * MiB)
+    with capture_logs() as log:
+        async with serving(pmem) as disks:
+            assert disks.status()["standing"].startswith("size: 50331648 is no power of two")
+            assert await turned_away(pmem)
+            await until(lambda: disks.told(LogEvent.IMAGE_UNUSABLE))
+            assert disks.status()["standing"].startswith("disk0: size: 50331648 is no power")
+            assert disks.status()["state"] == "waiting"
+    (line,) = lines(log, LogEvent.IMAGE_UNUSABLE)
+    assert 'or set mode = "window"' in line["error"]
+
+
+async def test_a_vmm_that_has_such_a_size_from_a_predecessor_keeps_it(tmp_path: Path) -> None:
+    pmem = disk(tmp_path)
+    options = replace(pmem_of(pmem).options, size=48 * MiB)
+    with pytest.raises(ImageUnusable, match="no power of two"):
+        open_for(options, None)
+    names = DeviceKeeping(NoStore(), "web", "disk0")
+    kept = KeptFds({names.name("image"): [OwnedFd(os.open(pmem.file, os.O_RDWR))]})
+    record = DeviceRecord({}, None, None)
+    with closing(open_for(options, Left(record, SessionState.initial(1), kept, names))) as image:
+        assert image.file_size == SIZE
 
 
 async def test_an_image_in_use_turns_the_vmm_away_until_it_is_free(tmp_path: Path) -> None:

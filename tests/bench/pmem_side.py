@@ -29,7 +29,7 @@ from tests.vm.stack import Stack
 
 KERNEL: Final = "6.12"
 VM: Final = "web"
-SIZE: Final = 384 * MiB
+SIZE: Final = 512 * MiB
 MEMORY: Final = "1G"
 MAX_MEMORY: Final = "6G"
 WINDOW_ADDRESS: Final = 0x1_4000_0000

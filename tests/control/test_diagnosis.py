@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,16 @@ def turn_away(daemon: SmallDaemon) -> None:
     daemon.idle.disk.pmem.refused_image = "/images/disk0.img: is not there; make it with: x"
 
 
+def refuse(daemon: SmallDaemon) -> None:
+    disk = daemon.idle.disk.pmem
+    disk.options = replace(disk.options, size=3 * GiB)
+
+
+def refuse_the_next(daemon: SmallDaemon) -> None:
+    disk = daemon.web.disk.pmem
+    disk.options = replace(disk.options, size=3 * GiB)
+
+
 def remove(daemon: SmallDaemon) -> None:
     daemon.web.disk.pmem.image = ImageView(removed=True)
 
@@ -243,6 +254,8 @@ def quarantine(daemon: SmallDaemon) -> None:
         (fail, "web disk0", "failed", "flushes fail: sync: Input/output error", "pmem clear"),
         (lose, "web disk0", "failed", "the VMM refused it (1)", "qemu-args"),
         (turn_away, "idle disk0", "failed", "/images/disk0.img: is not there", "turned away"),
+        (refuse, "idle disk0", "failed", "3221225472 is no power of two", "is turned away"),
+        (refuse_the_next, "web disk0", "warning", "3221225472 is no power of two", "the next VMM"),
         (remove, "web disk0", "failed", "/images/disk0.img was removed", "copy the data"),
         (fill, "web disk0", "warning", "its file system has 1024 MiB left", "make room"),
         (quarantine, "web queue 3", "failed", "quarantined: loop", "set up anew"),

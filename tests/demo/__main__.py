@@ -56,13 +56,13 @@ node = {node}
 """
     for node in range(2)
 )
-DISK_SIZE = 192 * MiB
+DISK_SIZE = 256 * MiB
 DISK = """
 [[vm.demo.pmem]]
 id = "disk0"
 socket = "demo-disk0.sock"
 file = "{image}"
-size = "192MiB"
+size = "256MiB"
 """
 TEXT = "written before the power went out"
 FAILURES = (

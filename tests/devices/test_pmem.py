@@ -21,7 +21,7 @@ from vhostd.errors import GuestError
 from vhostd.protocol.features import VirtioFeature
 from vhostd.units import GiB, MiB, TiB
 
-SHMEM = PmemOptions("disk0", "/images/disk0.img", 192 * MiB)
+SHMEM = PmemOptions("disk0", "/images/disk0.img", 256 * MiB)
 WINDOW = replace(SHMEM, mode=PmemMode.WINDOW, window_address=9 * GiB)
 EIO = Failure(5, "sync: Input/output error", 1000.5)
 ENOSPC = Failure(28, "sync: No space left on device", 2000.5)
@@ -61,35 +61,46 @@ def test_the_features_of_each_mode(options: PmemOptions, bits: set[int]) -> None
 
 def test_the_config_space_says_where_a_window_is_and_nothing_of_shared_memory() -> None:
     assert Pmem(SHMEM).config() == bytes(16)
-    assert unpack("<QQ", Pmem(WINDOW).config()) == (9 * GiB, 192 * MiB)
+    assert unpack("<QQ", Pmem(WINDOW).config()) == (9 * GiB, 256 * MiB)
     for options in (SHMEM, WINDOW):
         assert (Pmem(options).config_size, Pmem(options).config_writable) == (16, bytes(16))
 
 
+@given(st.integers(1, 16 * TiB // (2 * MiB)).map(lambda count: count * 2 * MiB))
+def test_there_is_one_region_and_only_a_power_of_two_is_given_to_a_vmm(size: int) -> None:
+    pmem = Pmem(replace(SHMEM, size=size))
+    assert pmem.shmem_region_sizes == (size,)
+    assert (pmem.options.refusal is None) == (size & (size - 1) == 0)
+    window = Pmem(replace(WINDOW, size=size))
+    assert (window.shmem_region_sizes, window.options.refusal) == ((), None)
+
+
 @pytest.mark.parametrize(
-    ("size", "regions"),
+    ("size", "fitting"),
     [
-        (2 * MiB, (2 * MiB,)),
-        (192 * MiB, (192 * MiB, 64 * MiB)),
-        (4 * GiB, (4 * GiB,)),
-        (4 * GiB + 2 * MiB, (4 * GiB + 2 * MiB, 4 * GiB - 2 * MiB)),
+        (384 * MiB, (512 * MiB, "512 MiB")),
+        (3 * GiB, (4 * GiB, "4 GiB")),
+        (9 * GiB, (16 * GiB, "16 GiB")),
+        (4 * GiB + 2 * MiB, (8 * GiB, "8 GiB")),
     ],
 )
-def test_a_second_region_fills_up_to_the_next_power_of_two(
-    size: int, regions: tuple[int, ...]
-) -> None:
-    assert Pmem(replace(SHMEM, size=size)).shmem_region_sizes == regions
+def test_a_refused_size_is_told_with_the_one_that_fits(size: int, fitting: tuple[int, str]) -> None:
+    pmem = Pmem(replace(SHMEM, size=size))
+    why = pmem.options.refusal
+    assert why is not None
+    assert f"{size} is no power of two" in why and f"{fitting[0]} ({fitting[1]})" in why
+    assert f"truncate -s {fitting[0]} /images/disk0.img" in why and 'mode = "window"' in why
+    assert pmem.standing == f"size: {why}"
+    assert pmem.status({}, 0)["refused"] == why
 
 
-@given(st.integers(1, 16 * TiB // (2 * MiB)).map(lambda count: count * 2 * MiB))
-def test_regions_sum_to_the_least_power_of_two_and_the_disk_is_the_first(size: int) -> None:
-    regions = Pmem(replace(SHMEM, size=size)).shmem_region_sizes
-    total = sum(regions)
-    assert regions[0] == size
-    assert all(region > 0 and region % (2 * MiB) == 0 for region in regions)
-    assert total & (total - 1) == 0
-    assert total < 2 * size
-    assert Pmem(replace(WINDOW, size=size)).shmem_region_sizes == ()
+def test_a_vmm_that_has_a_refused_size_from_before_keeps_it() -> None:
+    pmem = Pmem(replace(SHMEM, size=384 * MiB))
+    pmem.on_features(pmem.offered_features)
+    pmem.on_started()
+    pmem.on_region(None)
+    assert pmem.standing == "the guest has it"
+    assert pmem.status({}, 0)["refused"] == pmem.options.refusal
 
 
 def test_its_one_queue_is_for_flushes_and_none_of_its_chains_is_handed_up() -> None:

@@ -73,7 +73,7 @@ class ServedMemory(Served):
 
 ServeMemory = Callable[..., AbstractAsyncContextManager[ServedMemory]]
 
-DISK_SIZE = 192 * MiB  # no power of two, so that the padding of shared memory regions is used
+DISK_SIZE = 256 * MiB
 DISK_MODULES = ("virtio_pmem", "nd_pmem")
 
 

@@ -11,6 +11,7 @@ from vhostd.session.machine import HANDLERS, SessionMachine
 from vhostd.session.plan import Offer
 from vhostd.session.state import SessionState
 
+from tests.fakes.backend import shmem_config
 from tests.fakes.messages import VirtioFeature, u64
 from tests.protocol.streams import Watched
 from tests.session.conversation import (
@@ -52,6 +53,24 @@ def test_a_device_may_offer_other_protocol_features() -> None:
     talk = Conversation(offer)
 
     assert talk.ask(Request.GET_PROTOCOL_FEATURES) == offer.protocol_features
+
+
+def test_a_shared_memory_region_is_announced() -> None:
+    offer = Offer(OFFERED, 1, 16, ALL | ProtocolFeature.SHMEM_MAP, (4 << 30,))
+    talk = Conversation(offer)
+    talk.send(Request.SET_PROTOCOL_FEATURES, u64(offer.protocol_features))
+
+    assert talk.send(Request.GET_SHMEM_CONFIG) == shmem_config([4 << 30])
+
+
+@pytest.mark.parametrize("sizes", [(3 << 30,), (3 << 30, 1 << 30), (1 << 30, 1 << 30)])
+def test_what_would_end_qemu_is_not_announced(sizes: tuple[int, ...]) -> None:
+    """QEMU 11.1 asserts that the sum is a power of two, and that each region has a capability."""
+    offer = Offer(OFFERED, 1, 16, ALL | ProtocolFeature.SHMEM_MAP, sizes)
+    talk = Conversation(offer)
+    talk.send(Request.SET_PROTOCOL_FEATURES, u64(offer.protocol_features))
+
+    assert talk.send(Request.GET_SHMEM_CONFIG) == shmem_config([])
 
 
 def test_qemus_first_messages_are_served_before_ownership_and_features() -> None:

@@ -24,6 +24,8 @@ def open_for(options: PmemOptions, left: Left | None) -> OpenImage:
     path = Path(options.file)
     if left is not None and (file := left.take("image")) is not None:
         return adopt_image(path, file, left.take("witness"))
+    if options.refusal is not None:
+        raise ImageUnusable(f"{options.id}: size: {options.refusal}")
     return open_image(path, options.size, readonly=options.readonly)
 
 

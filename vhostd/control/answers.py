@@ -104,9 +104,9 @@ class PmemStatus(msgspec.Struct):
     """A virtio-pmem device; sizes in bytes, null where the kernel can't tell.
 
     `flushes` are the guest's, `flush_errors` those that failed; `batches` the syncs made for them,
-    `syncs` all of this connection. `failed`: why every flush fails until it is cleared. `cached`,
-    `dirty` and `writeback` are page cache of the image, `allocated` what it takes up on its file
-    system, which has `free` left.
+    `syncs` all of this connection. `failed`: why every flush fails until it is cleared. `refused`:
+    why the last VMM was turned away, or the next one will be. `cached`, `dirty` and `writeback` are
+    page cache of the image, `allocated` what it takes up on its file system, which has `free` left.
     """
 
     id: str
@@ -122,6 +122,7 @@ class PmemStatus(msgspec.Struct):
     failed: str | None
     failed_s: float | None
     standing: str
+    refused: str | None
     cached: int | None
     dirty: int | None
     writeback: int | None

@@ -171,8 +171,10 @@ def _pmem_checks(name: str, pmem: Mapping[str, Any]) -> Iterator[Check]:
         )
     elif pmem["state"] == "running" and not pmem["mapped"]:
         yield Check(name, FAILED, pmem["standing"], "see vhostctl qemu-args, or the log")
-    elif pmem["state"] == "waiting" and pmem["standing"].startswith("/"):
-        yield Check(name, FAILED, pmem["standing"], "the VMM was turned away because of it")
+    elif pmem["refused"] and pmem["state"] == "waiting":
+        yield Check(name, FAILED, pmem["refused"], "a VMM that connects is turned away")
+    elif pmem["refused"]:
+        yield Check(name, WARNING, pmem["refused"], "the next VMM that connects is turned away")
     if pmem["removed"]:
         yield Check(
             name, FAILED, f"{pmem['file']} was removed", "copy the data from inside the guest"

@@ -242,7 +242,10 @@ class Device(Protocol):
 
     @property
     def shmem_region_sizes(self) -> Sequence[int]:
-        """Bytes of each shared memory region the VMM is to provide; their sum a power of two."""
+        """Bytes of each shared memory region the VMM is to provide; QEMU bears one.
+
+        Its size must be a power of two.
+        """
 
     @property
     def timer_interval_s(self) -> float:

@@ -26,6 +26,7 @@ from vhostd.devices.base import (
 from vhostd.devices.pmem_state import Failure, decode, decode_failure, encode, encode_lasting
 from vhostd.errors import GuestError
 from vhostd.protocol.features import VirtioFeature
+from vhostd.units import format_size, power_of_two_up
 
 PMEM_DEVICE_ID: Final = 27
 QUEUE_COUNT: Final = 1
@@ -50,6 +51,25 @@ class PmemMode(StrEnum):
     WINDOW = "window"
 
 
+def shared_memory_refusal(size: int, file: str) -> str | None:
+    """Why no VMM can be given `size` bytes of `file` as shared memory; None: it can.
+
+    QEMU 11.1 makes one PCI BAR of all shared memory regions of a device, and one PCI capability of
+    each (24 bytes; at a PCI Express port 24 are left). It ends itself (an assertion) where the
+    BAR's size is no power of two, and where a capability finds no room. Whether the device is at
+    such a port is not known when QEMU asks for the sizes. So there is one region, whose size is a
+    power of two.
+    """
+    fitting = power_of_two_up(size)
+    if size == fitting:
+        return None
+    return (
+        f"{size} is no power of two, and QEMU has shared memory in no other size; write {fitting}"
+        f" ({format_size(fitting)}) and enlarge the image: truncate -s {fitting} {file} (a sparse"
+        ' file takes up no more room by it), or set mode = "window"'
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class PmemOptions:
     """What an operator chose; sizes in bytes.
@@ -72,6 +92,13 @@ class PmemOptions:
     def window(self) -> GuestRange:
         """Where the VMM has the region, with PmemMode.WINDOW."""
         return GuestRange(self.window_address, self.size)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a VMM that connects can't be given the region; None: it can."""
+        if self.mode is not PmemMode.SHMEM:
+            return None
+        return shared_memory_refusal(self.size, self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +162,8 @@ class Pmem:
 
     @property
     def shmem_region_sizes(self) -> tuple[int, ...]:
-        """Sizes of the shared memory regions; QEMU needs a power of two in sum.
-
-        The second is never mapped: the guest takes the first one's size as that of its disk, and
-        must not find room there that is no file.
-        """
-        if self.options.mode is not PmemMode.SHMEM:
-            return ()
-        size = self.options.size
-        padding = (1 << (size - 1).bit_length()) - size
-        return (size, padding) if padding else (size,)
+        """The one shared memory region: the guest takes its size as that of the disk."""
+        return (self.options.size,) if self.options.mode is PmemMode.SHMEM else ()
 
     @property
     def wants_mapping(self) -> bool:
@@ -245,12 +264,19 @@ class Pmem:
         self.failure = decode_failure(lasting, self.options.file)
 
     @property
+    def refused(self) -> str | None:
+        """Why the last VMM was turned away, or the next one will be; None: neither is known."""
+        return self.refused_image or self.options.refusal
+
+    @property
     def standing(self) -> str:
         """How it does, for people."""
         if self.refused_image is not None:
             return self.refused_image
         if self.failure is not None:
             return f"flushes fail: {self.failure.why}; see to it, then: vhostctl pmem clear"
+        if self.missing is not None and self.options.refusal is not None:
+            return f"size: {self.options.refusal}"
         if self.missing is not None:
             return f"the guest does not have it: {self.missing}"
         return "the guest has it"
@@ -273,6 +299,7 @@ class Pmem:
             "failed": None if self.failure is None else self.failure.why,
             "failed_s": None if self.failure is None else self.failure.time_s,
             "standing": self.standing,
+            "refused": self.refused,
             "cached": image.cached,
             "dirty": image.dirty,
             "writeback": image.writeback,

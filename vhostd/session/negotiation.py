@@ -29,6 +29,7 @@ from vhostd.session.actions import (
 from vhostd.session.memory_table import MEMORY_SLOTS_MAX, check_table
 from vhostd.session.plan import Handler, Offer, Plan, Settled
 from vhostd.session.state import RingState, SessionState
+from vhostd.units import power_of_two_up
 
 # What SET_FEATURES may change while rings run: neither is the driver's business.
 _VMM_FEATURES: Final = int(VirtioFeature.LOG_ALL | VirtioFeature.PROTOCOL_FEATURES)
@@ -121,7 +122,11 @@ def _get_max_mem_slots(_offer: Offer, state: SessionState, _message: Message) ->
 
 
 def _get_shmem_config(offer: Offer, state: SessionState, _message: Message) -> Plan:
-    return Plan(state, payload=ShmemConfig(offer.shmem_region_sizes).pack())
+    sizes = offer.shmem_region_sizes
+    if any(size != power_of_two_up(size) for size in sizes) or len(sizes) > 1:
+        # QEMU 11.1 would end itself; without any region it makes a device that has none.
+        raise FrontendError(f"shared memory regions of {list(sizes)} bytes can't be given")
+    return Plan(state, payload=ShmemConfig(sizes).pack())
 
 
 def _set_backend_req_fd(_offer: Offer, state: SessionState, message: Message) -> Plan:
