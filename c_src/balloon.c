@@ -214,6 +214,16 @@ static void discard_runs(struct vhd_balloon *balloon, const struct page_run *run
     }
 }
 
+static void count_withheld(struct vhd_balloon_counters *counters, const struct page_run *runs,
+                           uint32_t length)
+{
+    uint64_t pages = 0;
+
+    for (uint32_t i = 0; i < length; i++)
+        pages += runs[i].end - runs[i].first;
+    count(&counters->withheld_size, pages * VHD_GUEST_PAGE_SIZE);
+}
+
 int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *table,
                         const struct vhd_walk *walk)
 {
@@ -246,8 +256,10 @@ int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *tab
             (void)vhd_log_mark(balloon->log, page.guest_addr, VHD_GUEST_PAGE_SIZE);
         length = add_page(runs, length, &page);
     }
-    if (flags & VHD_BALLOON_INHIBIT)
+    if (!(flags & VHD_BALLOON_MAY_DISCARD)) {
+        count_withheld(counters, runs, length);
         return 0;
+    }
     sort_runs(runs, length);
     discard_runs(balloon, runs, length, flags);
     return 0;
@@ -357,7 +369,9 @@ int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *tabl
                        const struct vhd_walk *walk)
 {
     uint32_t flags = atomic_load_explicit(&balloon->flags, memory_order_relaxed);
-    bool keep = flags & VHD_BALLOON_INHIBIT || must_stay_poisoned(balloon, flags);
+    bool withheld = !(flags & VHD_BALLOON_MAY_DISCARD);
+    bool keep = withheld || must_stay_poisoned(balloon, flags);
+    uint64_t before = balloon->counters->reported_size;
     uint32_t total = (uint32_t)walk->readable_count + walk->writable_count;
     struct run run = {NULL, 0, 0};
 
@@ -366,5 +380,7 @@ int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *tabl
         report_range(balloon, table, &run, walk->segments[i].guest_addr, walk->segments[i].size,
                      keep);
     flush_run(balloon, &run);
+    if (withheld)
+        count(&balloon->counters->withheld_size, balloon->counters->reported_size - before);
     return 0;
 }

@@ -15,15 +15,14 @@
  */
 
 enum {
-    VHD_QUEUES_MAX = 8,            /* per device; a balloon has 5, virtio-mem and pmem 1 */
-    VHD_QUEUE_SIZE_MAX = 32768,    /* virtio 1.x, 2.6 "Queue Size" */
-    VHD_REGIONS_MAX = 509,         /* what GET_MAX_MEM_SLOTS advertises, as rust-vmm does */
-    VHD_CHAIN_SEGMENTS_MAX = 1024, /* longest chain taken; QEMU's VIRTQUEUE_MAX_SIZE */
-    VHD_CONFIG_SIZE_MAX = 256,     /* VHOST_USER_MAX_CONFIG_SIZE */
-    VHD_CONTROL_READABLE_MAX =
-        4096, /* bytes of a control chain handed up; the rest is only counted */
-    VHD_PFNS_PER_CHAIN_MAX = 1024, /* one 4 KiB table, the largest any known driver sends */
-    VHD_REPLY_SIZE_MAX = 8192      /* of vhd_reply_prepare() */
+    VHD_QUEUES_MAX = 8,              /* per device; a balloon has 5, virtio-mem and pmem 1 */
+    VHD_QUEUE_SIZE_MAX = 32768,      /* virtio 1.x, 2.6 "Queue Size" */
+    VHD_REGIONS_MAX = 509,           /* what GET_MAX_MEM_SLOTS advertises, as rust-vmm does */
+    VHD_CHAIN_SEGMENTS_MAX = 1024,   /* longest chain taken; QEMU's VIRTQUEUE_MAX_SIZE */
+    VHD_CONFIG_SIZE_MAX = 256,       /* VHOST_USER_MAX_CONFIG_SIZE */
+    VHD_CONTROL_READABLE_MAX = 4096, /* of a control chain handed up; the rest is counted */
+    VHD_PFNS_PER_CHAIN_MAX = 1024,   /* one 4 KiB table, the largest any known driver sends */
+    VHD_REPLY_SIZE_MAX = 8192        /* of vhd_reply_prepare() */
 };
 
 /* What was wrong with a ring or chain; a ring with a fault is quarantined until its next start. */
@@ -81,7 +80,7 @@ enum {
         1, /* negotiated: pages may go until their deflate is acknowledged */
     VHD_BALLOON_PAGE_POISON =
         2, /* negotiated: while poison_val is not 0 reported pages keep their bytes */
-    VHD_BALLOON_INHIBIT = 4 /* discard nothing at all (pinned memory) */
+    VHD_BALLOON_MAY_DISCARD = 4 /* nothing pins guest memory; a new device has not heard so */
 };
 
 /* Where a ring stands. Packed rings use the wrap counters (0 or 1), split rings ignore them. */
@@ -131,6 +130,7 @@ struct vhd_balloon_counters {
     uint64_t pfns_excess;     /* beyond VHD_PFNS_PER_CHAIN_MAX or a ragged tail: ignored */
     uint64_t reports_refused; /* reported ranges outside RAM or not device-writable */
     uint64_t pages_kept;      /* given up, kept because their host page is not complete */
+    uint64_t withheld_size;   /* bytes ever given up or reported while MAY_DISCARD was not set */
 };
 
 struct vhd_pmem_counters {

@@ -36,6 +36,7 @@ class LogEvent(StrEnum):
     VM_STOPPED = "vm_stopped"
     GOAL_GIVEN_UP = "memory_goal_given_up"
     VM_NOT_STOPPED = "vm_not_stopped"
+    VERDICT = "discard_verdict"
     VM_BORROWED_MEMORY = "vm_memory_of_another_vm"
     QMP_CONNECTED = "qmp_connected"
     QMP_DISCONNECTED = "qmp_disconnected"

@@ -86,8 +86,8 @@ class Owner:
     def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
         self.send.send_nowait((list(pinning), encryption))
 
-    def on_unreachable(self) -> None:
-        self.send.send_nowait("unreachable")
+    def on_unreachable(self, why: str) -> None:
+        self.send.send_nowait(("unreachable", why))
 
     async def next(self) -> object:
         """The next thing heard."""
@@ -107,7 +107,7 @@ async def watched(path: Path, vmm: Vmm) -> AsyncIterator[tuple[Owner, Monitor]]:
         listener = trio.SocketListener(socket)
         nursery.start_soon(partial(trio.serve_listeners, vmm.serve, [listener]))
         nursery.start_soon(monitor.run)
-        monitor.vmm_connected()
+        monitor.vmm_connected(first=True)
         yield owner, monitor
         nursery.cancel_scope.cancel()
 
@@ -151,7 +151,7 @@ async def test_a_monitor_that_goes_away_is_found_again(tmp_path: Path) -> None:
         await vmm.ready.wait()
         await vmm.hang_up()
         vmm.devices = {"gpu0": "vfio-pci"}
-        assert await owner.next() == "unreachable"
+        assert await owner.next() == ("unreachable", "the VMM closed the QMP connection")
         assert await owner.next() == (["gpu0 (vfio-pci)"], None)
 
 
@@ -159,7 +159,7 @@ async def test_a_vmm_is_not_stopped_for_what_the_one_before_it_did(tmp_path: Pat
     vmm = Vmm({})
     async with watched(tmp_path / "qmp", vmm) as (owner, monitor):
         monitor.stop_vm("the guest uses memory nobody plugged")
-        monitor.vmm_connected()
+        monitor.vmm_connected(first=True)
         assert await owner.next() == ([], None)
         await vmm.ready.wait()
         await vmm.event("RESET")  # handled after whatever came before

@@ -41,19 +41,19 @@ def reasons(vm: Vm) -> set[str | None]:
 
 
 async def test_pinned_memory_is_given_back_by_nobody_until_it_is_free(vm: Vm) -> None:
-    vm.on_machine(["gpu0 (vfio-pci)"], None)
+    vm.machine.on_machine(["gpu0 (vfio-pci)"], None)
     assert reasons(vm) == {"guest memory is pinned by gpu0 (vfio-pci)"}
     with pytest.raises(Refused, match="can't give memory back now"):
         vm.resize_mem("mem0", 0)
     assert vm.resize_mem("mem0", 128 * MiB) == "mem0"
-    vm.on_machine([], None)
+    vm.machine.on_machine([], None)
     assert reasons(vm) == {None}
     vm.resize_mem("mem0", 0)
 
 
 async def test_encrypted_memory_is_changed_by_nobody(vm: Vm) -> None:
     for _ in range(2):  # it is told again and again
-        vm.on_machine([], "/objects/sev0")
+        vm.machine.on_machine([], "/objects/sev0")
         assert reasons(vm) == {"guest memory is encrypted by /objects/sev0"}
         with pytest.raises(Refused, match="encrypted by /objects/sev0"):
             vm.set_balloon_target(MiB)
@@ -78,11 +78,11 @@ async def test_every_vmm_s_window_waits_for_the_verdict_on_its_machine(vm: Vm) -
     slots = [MemorySlot(8 * GiB, GiB)]
     mem = vm.mems["mem0"]
     for _ in range(2):
-        vm._vmm_connected()
+        vm.machine.on_connected(resumed=False)
         assert not any(isinstance(effect, DiscardMemory) for effect in mem.on_memory(slots))
         assert mem.look_begins() == []
         mem.on_looked({})
-        vm.on_machine([], None)
+        vm.machine.on_machine([], None)
         assert mem.look_begins() == []  # all of it is being given back first
         mem.on_looked({})
         mem.on_disconnected()

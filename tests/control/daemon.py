@@ -34,6 +34,7 @@ from vhostd.devices.mem import Mem
 from vhostd.devices.mem_window import MemOptions
 from vhostd.devices.memory_plan import MemRoom, plan_memory
 from vhostd.devices.registry import BALLOON, MEM, PMEM
+from vhostd.devices.verdict import NOBODY_CHECKS
 from vhostd.units import GiB, MiB
 
 from tests.control.disk import Disk
@@ -41,6 +42,7 @@ from tests.control.disk import Disk
 COUNTERS = (
     "inflated_pages inflate_pfns deflate_pfns reported_size discarded_size discards discard_errors"
     " discard_errno pfns_outside pfns_repeated pfns_excess reports_refused pages_kept"
+    " withheld_size"
 )
 QUEUE_COUNTERS = "kicks chains used calls calls_dropped faults rejected"
 ALL_FEATURES = 0x3F
@@ -53,6 +55,8 @@ class BalloonVm:
         self.name = name
         self.balloon = Balloon()
         self.mem = Mem(MemOptions("mem0", 9 * GiB, 4 * GiB))
+        for device in (self.balloon, self.mem):
+            device.on_verdict(NOBODY_CHECKS)
         self.window: MemoryWindow | None = None  # of its disk
         self.goal: int | None = None
         self.answers_statistics = True
@@ -128,6 +132,7 @@ class BalloonVm:
             "usable": GiB + self.mem.plugged_size - self.balloon.actual,
             "usable_goal": self.goal,
             "qmp": False,
+            "discards": {"allowed": True, "finding": "unchecked", "why": None},
         }
 
     async def flush_pmem(self, device: str | None) -> str:

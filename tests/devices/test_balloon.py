@@ -23,11 +23,17 @@ from vhostd.devices.base import (
     ResetDataPlane,
     Role,
 )
+from vhostd.devices.verdict import Finding, Verdict
 from vhostd.errors import GuestError
 from vhostd.units import GiB, MiB
 
 ALL = 0x3F
-COUNTERS = {"inflated_pages": 3, "reported_size": 4 * MiB, "discarded_size": 5 * MiB}
+COUNTERS = {
+    "inflated_pages": 3,
+    "reported_size": 4 * MiB,
+    "discarded_size": 5 * MiB,
+    "withheld_size": 6 * MiB,
+}
 
 
 def config(pages: int = 0, actual: int = 0, command: int = 0, poison: int = 0) -> bytes:
@@ -161,12 +167,23 @@ def test_a_new_drivers_statistics_are_not_its_predecessors() -> None:
     assert balloon.on_timer() == []
 
 
-def test_inhibiting_adds_to_what_was_negotiated() -> None:
+def test_a_verdict_adds_to_what_was_negotiated() -> None:
     balloon = Balloon()
-    balloon.on_features(BalloonFeature.MUST_TELL_HOST)
-    both = DataPlane.MUST_TELL_HOST | DataPlane.INHIBIT
-    assert balloon.inhibit("pinned") == [ConfigureDataPlane(both)]
-    assert balloon.inhibit(None) == [ConfigureDataPlane(DataPlane.MUST_TELL_HOST)]
+    tell = BalloonFeature.MUST_TELL_HOST
+    assert balloon.on_features(tell) == [ConfigureDataPlane(DataPlane.MUST_TELL_HOST)]
+    both = DataPlane.MUST_TELL_HOST | DataPlane.MAY_DISCARD
+    for finding in Finding:
+        may = finding in (Finding.FREE, Finding.UNCHECKED)
+        flags = both if may else DataPlane.MUST_TELL_HOST
+        assert balloon.on_verdict(Verdict(finding, "gpu0")) == [ConfigureDataPlane(flags)]
+        assert (balloon.status(COUNTERS, 0)["inhibited"] is None) is may
+
+
+def test_the_end_of_a_connection_is_no_verdict() -> None:
+    balloon = Balloon()
+    balloon.on_verdict(Verdict(Finding.PINNED, "gpu0"))
+    balloon.on_disconnected()
+    assert balloon.on_features(0) == [ConfigureDataPlane(DataPlane(0))]
 
 
 def test_a_chain_of_the_data_plane_is_no_business_of_ours() -> None:

@@ -22,6 +22,7 @@ from vhostd.devices.base import (
 )
 from vhostd.devices.mem import Mem
 from vhostd.devices.mem_window import MemOptions
+from vhostd.devices.verdict import Finding, Verdict
 from vhostd.errors import GuestError
 from vhostd.units import GiB, MiB
 
@@ -32,9 +33,20 @@ PLUG, UNPLUG, UNPLUG_ALL, STATE = range(4)
 ACK, NACK, BUSY, ERROR = (bytes([code]) + bytes(9) for code in range(4))
 
 
+FREE = Verdict(Finding.FREE, "")
+PINNED = Verdict(Finding.PINNED, "gpu0 (vfio-pci)")
+
+
+def judged(options: MemOptions = OPTIONS, verdict: Verdict = FREE) -> Mem:
+    """A device of a machine in which nothing pins memory."""
+    mem = Mem(options)
+    mem.on_verdict(verdict)
+    return mem
+
+
 def started(options: MemOptions = OPTIONS) -> Mem:
     """A device with a driver and an empty window."""
-    mem = Mem(options)
+    mem = judged(options)
     mem.on_memory([MemorySlot(0, GiB), MemorySlot(ADDRESS, options.size)])
     mem.on_discarded(options.window, None)
     mem.on_started()

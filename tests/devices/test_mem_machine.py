@@ -15,6 +15,7 @@ from vhostd.devices.base import (
     Refused,
 )
 from vhostd.devices.mem import Mem
+from vhostd.devices.verdict import Finding, Verdict
 from vhostd.units import GiB, MiB
 
 from tests.devices.test_mem import (
@@ -22,12 +23,16 @@ from tests.devices.test_mem import (
     ADDRESS,
     BLOCK,
     BUSY,
+    FREE,
     OPTIONS,
+    PINNED,
     PLUG,
     UNPLUG,
+    UNPLUG_ALL,
     answer,
     ask,
     chain,
+    judged,
     of_type,
     parts,
     started,
@@ -35,7 +40,7 @@ from tests.devices.test_mem import (
 
 
 def test_a_new_window_is_emptied_first() -> None:
-    mem = Mem(OPTIONS)
+    mem = judged()
     assert not of_type(mem.on_memory([MemorySlot(0, GiB)]), DiscardMemory)
     effects = mem.on_memory([MemorySlot(0, GiB), MemorySlot(ADDRESS, GiB)])
     assert of_type(effects, DiscardMemory) == [DiscardMemory(OPTIONS.window)]
@@ -52,7 +57,7 @@ def test_a_new_window_is_emptied_first() -> None:
     ],
 )
 def test_without_its_own_window_nothing_is_touched(slots: list[MemorySlot], reason: str) -> None:
-    mem = Mem(OPTIONS)
+    mem = judged()
     assert not of_type(mem.on_memory(slots), DiscardMemory)
     assert of_type(mem.on_started(), Log)
     assert answer(ask(mem, PLUG, 0, 1)) == BUSY
@@ -63,23 +68,58 @@ def test_without_its_own_window_nothing_is_touched(slots: list[MemorySlot], reas
 
 def test_a_window_that_may_be_pinned_waits_for_the_verdict() -> None:
     mem = Mem(OPTIONS)
-    mem.await_machine(True)
     effects = mem.on_memory([MemorySlot(ADDRESS, GiB)])
     assert not of_type(effects, DiscardMemory)
     assert mem.look_begins() == []
-    assert mem.await_machine(False) == [DiscardMemory(OPTIONS.window)]
-    assert mem.await_machine(False) == []
+    assert DiscardMemory(OPTIONS.window) in mem.on_verdict(FREE)
+    assert mem.on_verdict(FREE) == []
+
+
+def test_a_guest_may_be_asked_for_less_before_the_verdict_and_is_busy_until_then() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    mem.on_verdict(Verdict())
+    mem.set_requested_size(0)
+    assert answer(ask(mem, UNPLUG, 0, 4, token=2)) == BUSY
+    assert "not known whether guest memory is pinned" in mem.status({}, 0)["standing"]
+    mem.on_verdict(FREE)
+    assert DiscardMemory(parts(0, 4)) in ask(mem, UNPLUG, 0, 4, token=3)
+
+
+@pytest.mark.parametrize("verdict", [Verdict(), PINNED])
+def test_what_is_unplugged_meanwhile_is_withheld_also_by_a_successor(verdict: Verdict) -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    mem.on_verdict(verdict)
+    assert not of_type(ask(mem, UNPLUG_ALL, token=2), DiscardMemory)
+    assert mem.status({}, 0)["withheld"] == 4 * BLOCK
+    heir = Mem(OPTIONS)
+    heir.load(mem.save())
+    assert not of_type(heir.on_memory([MemorySlot(ADDRESS, GiB)]), DiscardMemory)
+    assert heir.status({}, 0)["withheld"] == 4 * BLOCK
+    assert DiscardMemory(OPTIONS.window) in heir.on_verdict(FREE)
+    assert heir.status({}, 0)["withheld"] == 0
+
+
+def test_a_discard_that_waits_in_line_is_not_made_once_memory_is_pinned() -> None:
+    mem = started()
+    ask(mem, PLUG, 0, 4)
+    assert of_type(ask(mem, UNPLUG, 0, 4, token=2), DiscardMemory)
+    mem.on_verdict(PINNED)
+    assert not mem.discard_due(parts(0, 4))
+    mem.on_discarded(parts(0, 4), None)
+    assert mem.status({}, 0)["withheld"] == 4 * BLOCK
 
 
 def test_pinned_memory_is_kept_and_given_back_when_it_is_free() -> None:
     mem = started()
     ask(mem, PLUG, 0, 4)
-    mem.inhibit("pinned by gpu0")
+    mem.on_verdict(PINNED)
     assert answer(ask(mem, UNPLUG, 0, 1, token=2)) == BUSY
-    with pytest.raises(Refused, match="can't give memory back now: pinned by gpu0"):
+    with pytest.raises(Refused, match="can't give memory back now: guest memory is pinned by gpu0"):
         mem.set_requested_size(0)
     mem.set_requested_size(256 * MiB)
-    effects = mem.inhibit(None)
+    effects = mem.on_verdict(FREE)
     rest = GuestRange(ADDRESS + 4 * BLOCK, GiB - 4 * BLOCK)
     assert of_type(effects, DiscardMemory) == [DiscardMemory(rest)]
     assert of_type(effects, NotifyConfig)
@@ -87,7 +127,7 @@ def test_pinned_memory_is_kept_and_given_back_when_it_is_free() -> None:
 
 def test_encrypted_memory_is_not_resized_at_all() -> None:
     mem = started()
-    mem.forbid("guest memory is encrypted by sev0")
+    mem.on_verdict(Verdict(Finding.ENCRYPTED, "sev0"))
     with pytest.raises(Refused, match="encrypted by sev0"):
         mem.set_requested_size(GiB)
 
@@ -135,8 +175,8 @@ def test_blocks_emptied_while_they_were_populated_are_populated_again() -> None:
     """A sweep that ends after the guest was told would take its memory away."""
     mem = started(replace(OPTIONS, prealloc=True))
     ask(mem, PLUG, 0, 4)
-    mem.inhibit("pinned")
-    (sweep,) = of_type(mem.inhibit(None), DiscardMemory)
+    mem.on_verdict(PINNED)
+    (sweep,) = of_type(mem.on_verdict(FREE), DiscardMemory)
     assert mem.on_populated(parts(0, 4), None) == []
     assert mem.plugged_size == 0
     again = mem.on_discarded(OPTIONS.window, None)
@@ -149,10 +189,10 @@ def test_blocks_emptied_while_they_were_populated_are_populated_again() -> None:
 def test_the_end_of_a_reason_ends_its_telling() -> None:
     mem = started()
     ask(mem, PLUG, 0, 4)
-    mem.inhibit("pinned by gpu0")
+    mem.on_verdict(PINNED)
     ask(mem, UNPLUG, 0, 1, token=2)
     assert "pinned by gpu0" in mem.status({}, 9)["standing"]
-    mem.inhibit(None)
+    mem.on_verdict(FREE)
     assert "pinned" not in mem.status({}, 9)["standing"]
 
 

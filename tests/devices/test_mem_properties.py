@@ -20,6 +20,7 @@ from vhostd.devices.base import (
 )
 from vhostd.devices.mem import Mem
 from vhostd.devices.mem_window import MemOptions
+from vhostd.devices.verdict import Finding, Verdict
 from vhostd.units import GiB, MiB
 
 BLOCK = 2 * MiB
@@ -27,6 +28,8 @@ COUNT = 40
 ADDRESS = 8 * GiB
 PLUG, UNPLUG, UNPLUG_ALL, STATE = range(4)
 ACK, NACK, BUSY, ERROR = range(4)
+FREE = Verdict(Finding.FREE, "")
+PINNED = Verdict(Finding.PINNED, "gpu0 (vfio-pci)")
 
 blocks = st.integers(0, COUNT - 1)
 counts = st.integers(1, 12)
@@ -40,6 +43,7 @@ class MemAgainstModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.mem = Mem(MemOptions("mem0", ADDRESS, COUNT * BLOCK, prealloc=self.prealloc))
+        self.mem.on_verdict(FREE)
         self.plugged: set[int] = set()
         self.failed: set[int] = set()  # the host could not take them back
         self.requested = 0
@@ -245,10 +249,10 @@ class MemAgainstModel(RuleBasedStateMachine):
     @rule()
     def inhibit_for_a_moment(self) -> None:
         """When it ends, all that is unplugged is given back: once, not again."""
-        self.perform(self.mem.inhibit("pinned"))
+        self.perform(self.mem.on_verdict(PINNED))
         assert self.mem.look_begins() == []
         self.perform(self.mem.on_looked({}))
-        self.perform(self.mem.inhibit(None))
+        self.perform(self.mem.on_verdict(FREE))
         self.nacks = 0
 
     @precondition(lambda self: self.pending is None)

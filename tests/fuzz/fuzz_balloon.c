@@ -109,7 +109,7 @@ static void begin(struct model *model, uint8_t mode)
     for (uint64_t page = 0; page < PAGES; page++)
         if (!pattern_holds(page))
             write_pattern(page);
-    model->flags = mode & 7;
+    model->flags = (mode & 7) ^ VHD_BALLOON_MAY_DISCARD; /* 4 in the corpus: it may not */
     model->balloon.flags = model->flags;
     model->balloon.counters = &model->counters;
     model->balloon.poison_val = &poison_val;
@@ -236,7 +236,7 @@ static void check_host_page(const struct model *model, uint64_t first, uint64_t 
 {
     uint64_t mask = ((1ull << parts) - 1) << first;
     uint64_t may = model->listed;
-    bool inhibited = model->flags & VHD_BALLOON_INHIBIT;
+    bool inhibited = !(model->flags & VHD_BALLOON_MAY_DISCARD);
 
     if (model->flags & VHD_BALLOON_MUST_TELL_HOST)
         may |= model->given_up;

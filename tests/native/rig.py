@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from vhostd._native import (
+    BalloonFlag,
     Device,
     Event,
     Handler,
@@ -136,16 +137,28 @@ class Host:
         finally:
             self.worker.unpark()
 
-    def add(self, device: Device) -> Device:
-        """Attach a device; the host detaches and closes it in the end."""
+    def add(self, device: Device, *, may_discard: bool = True) -> Device:
+        """Attach a device; the host detaches and closes it in the end.
+
+        may_discard: it is told that nothing pins the guest's memory.
+        """
+        if may_discard:
+            device.balloon_configure(BalloonFlag.MAY_DISCARD)
         with self.parked():
             device.attach(self.worker)
         self._pending[device] = Event(0)
         return device
 
-    def device(self, queue_count: int = 5, config_writable: bytes = CONFIG_WRITABLE) -> Device:
+    def device(
+        self,
+        queue_count: int = 5,
+        config_writable: bytes = CONFIG_WRITABLE,
+        *,
+        may_discard: bool = True,
+    ) -> Device:
         """Make and attach a device of the balloon's shape."""
-        return self.add(Device(queue_count, len(config_writable), config_writable))
+        device = Device(queue_count, len(config_writable), config_writable)
+        return self.add(device, may_discard=may_discard)
 
     def remove(self, device: Device) -> None:
         """Detach and close a device before the end."""
@@ -271,10 +284,10 @@ class Guest:
     rings: list[Ring] = field(default_factory=list)
 
     @classmethod
-    def on(cls, host: Host, memory: GuestMemory) -> Guest:
+    def on(cls, host: Host, memory: GuestMemory, *, may_discard: bool = True) -> Guest:
         """Map the memory and give it to a new device."""
         mapping = Mapping(memory.fd)
-        device = host.device()
+        device = host.device(may_discard=may_discard)
         with host.parked():
             device.set_regions(regions(memory, mapping))
         return cls(host, memory, device, mapping)

@@ -59,7 +59,7 @@ def test_the_mapping_knows_its_page_size(guest: Guest) -> None:
 
 
 def test_a_page_given_up_in_part_stays(guest: Guest) -> None:
-    guest.device.balloon_configure(BalloonFlag.MUST_TELL_HOST)
+    guest.device.balloon_configure(BalloonFlag.MAY_DISCARD | BalloonFlag.MUST_TELL_HOST)
     inflate_in_parts(guest, DATA, PARTS - 1)
     assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
     counters = guest.device.balloon_counters()
@@ -68,7 +68,7 @@ def test_a_page_given_up_in_part_stays(guest: Guest) -> None:
 
 
 def test_a_page_completed_over_several_requests_goes_with_must_tell_host(guest: Guest) -> None:
-    guest.device.balloon_configure(BalloonFlag.MUST_TELL_HOST)
+    guest.device.balloon_configure(BalloonFlag.MAY_DISCARD | BalloonFlag.MUST_TELL_HOST)
     before = guest.memory.blocks()
     inflate_in_parts(guest, DATA, PARTS)
     assert guest.memory.blocks() == before - HUGE
@@ -83,7 +83,7 @@ def test_without_must_tell_host_it_stays(guest: Guest) -> None:
 
 
 def test_a_page_deflated_in_part_between_stays(guest: Guest) -> None:
-    guest.device.balloon_configure(BalloonFlag.MUST_TELL_HOST)
+    guest.device.balloon_configure(BalloonFlag.MAY_DISCARD | BalloonFlag.MUST_TELL_HOST)
     inflate_in_parts(guest, DATA, PARTS // 2)
     guest.ring(Handler.DEFLATE).send_pfns(pages_at(DATA, 1))
     inflate_in_parts(guest, DATA + HUGE // 2, PARTS // 2)
@@ -92,7 +92,7 @@ def test_a_page_deflated_in_part_between_stays(guest: Guest) -> None:
 
 @pytest.mark.parametrize("flags", [BalloonFlag(0), BalloonFlag.MUST_TELL_HOST])
 def test_a_page_listed_whole_in_one_request_goes(guest: Guest, flags: BalloonFlag) -> None:
-    guest.device.balloon_configure(flags)
+    guest.device.balloon_configure(BalloonFlag.MAY_DISCARD | flags)
     ring = guest.ring(Handler.INFLATE)
     before = guest.memory.blocks()
     ring.send_pfns(pages_at(DATA + HUGE - 5 * PAGE_SIZE, PARTS + 5))

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 import pytest
-from vhostd._native import BalloonFlag, Fault, Handler
+from vhostd._native import Fault, Handler
 
 from tests.fakes.driver import Buffer
 from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory, Region, open_file, open_memfd
@@ -231,14 +231,14 @@ def test_a_chain_with_a_writable_part_is_refused_and_given_back(host: Host) -> N
             assert guest.device.ring_statistics(ring.index).fault == Fault.NONE
 
 
-def test_inhibited_pages_are_counted_and_stay(host: Host) -> None:
-    with Guest.on(host, GuestMemory.flat()) as guest:
-        guest.device.balloon_configure(BalloonFlag.INHIBIT)
+def test_a_new_device_counts_pages_and_keeps_them_until_it_may_discard(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat(), may_discard=False) as guest:
         ring = guest.ring(Handler.INFLATE)
         guest.memory.touch(DATA_ADDR, PAGE_SIZE)
         ring.send_pfns(pages_at(DATA_ADDR, 1))
         assert guest.memory.page_present(DATA_ADDR)
-        assert guest.device.balloon_counters().inflated_pages == 1
+        counters = guest.device.balloon_counters()
+        assert (counters.inflated_pages, counters.withheld_size) == (1, PAGE_SIZE)
 
 
 def test_a_file_on_a_disk_never_gets_a_hole(host: Host, tmp_path: Path) -> None:

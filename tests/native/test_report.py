@@ -100,17 +100,22 @@ def test_a_readable_range_is_refused(host: Host) -> None:
 
 def test_a_poison_value_of_zero_keeps_nothing(host: Host) -> None:
     with Guest.on(host, GuestMemory.flat()) as guest:
-        guest.device.balloon_configure(BalloonFlag.PAGE_POISON)
+        guest.device.balloon_configure(BalloonFlag.MAY_DISCARD | BalloonFlag.PAGE_POISON)
         ring = guest.ring(Handler.REPORT)
         guest.memory.touch(DATA_ADDR, PAGE_SIZE)
         ring.send(free(DATA_ADDR, PAGE_SIZE))
         assert not guest.memory.page_present(DATA_ADDR)
 
 
-@pytest.mark.parametrize("flag", [BalloonFlag.PAGE_POISON, BalloonFlag.INHIBIT])
-def test_pages_that_must_keep_their_bytes_keep_them(host: Host, flag: BalloonFlag) -> None:
+@pytest.mark.parametrize(
+    ("flags", "withheld"),
+    [(BalloonFlag.MAY_DISCARD | BalloonFlag.PAGE_POISON, 0), (BalloonFlag(0), PAGE_SIZE)],
+)
+def test_pages_that_must_keep_their_bytes_keep_them(
+    host: Host, flags: BalloonFlag, withheld: int
+) -> None:
     with Guest.on(host, GuestMemory.flat()) as guest:
-        guest.device.balloon_configure(flag)
+        guest.device.balloon_configure(flags)
         guest.device.publish_config(POISON_OFFSET, b"\xaa\0\0\0")
         ring = guest.ring(Handler.REPORT)
         guest.memory.touch(DATA_ADDR, PAGE_SIZE)
@@ -118,6 +123,7 @@ def test_pages_that_must_keep_their_bytes_keep_them(host: Host, flag: BalloonFla
         assert guest.memory.page_present(DATA_ADDR)
         counters = guest.device.balloon_counters()
         assert (counters.reported_size, counters.discards) == (PAGE_SIZE, 0)
-        guest.device.balloon_configure(BalloonFlag(0))
+        assert counters.withheld_size == withheld
+        guest.device.balloon_configure(BalloonFlag.MAY_DISCARD)
         ring.send(free(DATA_ADDR, PAGE_SIZE))
         assert not guest.memory.page_present(DATA_ADDR)

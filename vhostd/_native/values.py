@@ -65,7 +65,7 @@ class BalloonFlag(IntFlag):
 
     MUST_TELL_HOST = lib.VHD_BALLOON_MUST_TELL_HOST
     PAGE_POISON = lib.VHD_BALLOON_PAGE_POISON
-    INHIBIT = lib.VHD_BALLOON_INHIBIT
+    MAY_DISCARD = lib.VHD_BALLOON_MAY_DISCARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,7 @@ class BalloonCounters:
     pfns_excess: int = 0
     reports_refused: int = 0
     pages_kept: int = 0
+    withheld_size: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """By name."""

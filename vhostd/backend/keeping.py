@@ -11,6 +11,7 @@ import msgspec
 
 from vhostd.backend.lasting import Lasting
 from vhostd.devices.base import Device
+from vhostd.devices.verdict import Verdict
 from vhostd.handover.fd_store import DeviceKeeping, FdStore, NoStore
 from vhostd.handover.state_memfd import StateMemfd, StateTooLarge
 from vhostd.handover.vm_record import (
@@ -52,6 +53,7 @@ class VmKeeping:
         self._wide = DeviceKeeping(store, vm_name)
         self._devices: dict[str, msgspec.Raw] = {}
         self._goal: tuple[int, int, bool] | None = None
+        self._verdict: tuple[str, str] | None = None
         self._memfd = adopted
         if adopted is not None:
             self._wide.adopt(STATE)
@@ -60,6 +62,7 @@ class VmKeeping:
         """What a predecessor recorded stays until it is replaced."""
         self._devices = dict(record.devices)
         self._goal = record.goal
+        self._verdict = record.verdict
 
     @classmethod
     def none(cls) -> VmKeeping:
@@ -100,12 +103,20 @@ class VmKeeping:
             self._goal = goal
             self._write(next_event)
 
+    def commit_verdict(self, verdict: Verdict, next_event: int) -> None:
+        """Record what the monitor said of the machine."""
+        if self.active and self.store.working:
+            self._verdict = (verdict.finding.value, verdict.detail)
+            self._write(next_event)
+
     def leave(self) -> None:
         """Record nothing any more: what comes now is only our own end."""
         self.active = False
 
     def _write(self, next_event: int) -> None:
-        payload = encode(VmRecord(VERSION, self._vm_name, self._devices, self._goal, next_event))
+        payload = encode(
+            VmRecord(VERSION, self._vm_name, self._devices, self._goal, next_event, self._verdict)
+        )
         if self._memfd is None:
             self._replace(StateMemfd.create(f"vhostd-{self._vm_name}", CAPACITY_FIRST))
         assert self._memfd is not None, "made above"

@@ -8,9 +8,12 @@ from __future__ import annotations
 import errno
 import socket
 
+import msgspec
+
 from vhostd import _native
 from vhostd.backend.keeping import STATE
 from vhostd.devices.base import Device, JsonObject
+from vhostd.devices.verdict import Verdict
 from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import VM_WIDE, DeviceKeeping, FdStore, KeptFds
 from vhostd.handover.state_memfd import StateMemfd
@@ -88,6 +91,14 @@ class VmLeft:
         """What a device had saved."""
         record = self._devices.get(name)
         return None if record is None else record.device
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the monitor had said of the machine; None: nothing that is understood."""
+        try:
+            return msgspec.convert(self.record.verdict, Verdict | None)
+        except msgspec.ValidationError:
+            return None  # of a release that knows more findings: it is asked for again
 
     def of(self, name: str, names: DeviceKeeping) -> Left | None:
         """What was left of a device's connection, if it had one."""

@@ -45,8 +45,8 @@ class MonitorOwner(Protocol):
             encryption: the QEMU object that encrypts it, or None.
         """
 
-    def on_unreachable(self) -> None:
-        """Nobody could be asked."""
+    def on_unreachable(self, why: str) -> None:
+        """Nobody can be asked, now or any more."""
 
 
 class Monitor:
@@ -64,11 +64,23 @@ class Monitor:
         self._wanted = trio.Event()
         self._stop: str | None = None
         self._has_work = trio.Event()
+        self._connections = 0
+        self._look_now = trio.Event()
+        self._session = trio.CancelScope()
 
-    def vmm_connected(self) -> None:
-        """A VMM is there: its monitor may be, too. What an earlier one should do is forgotten."""
-        self._stop = None
+    def vmm_connected(self, *, first: bool) -> None:
+        """A VMM is connected to one more device, and what it is like is asked anew.
+
+        Args:
+            first: of its devices: it may be another VMM than the one the monitor is connected to,
+                and what that one should do is forgotten.
+        """
+        self._connections += 1
+        if first:
+            self._stop = None
+            self._session.cancel()
         self._wanted.set()
+        self._look_now.set()
 
     def stop_vm(self, why: str) -> None:
         """Have the VM paused, now or as soon as the monitor is connected."""
@@ -82,24 +94,25 @@ class Monitor:
             if not self._owner.vmm_present:
                 self._wanted = trio.Event()
                 continue
-            try:
-                async with open_qmp(self._path) as client:
-                    await self._serve(client)
-            except (QmpClosed, QmpError) as error:
-                self._journal.guest_caused(
-                    "qmp", LogEvent.QMP_DISCONNECTED, path=str(self._path), error=str(error)
-                )
-                self._owner.on_unreachable()
-            finally:
-                self.connected = False
-            await trio.sleep(RETRY_S)
+            with trio.CancelScope() as self._session:
+                try:
+                    async with open_qmp(self._path) as client:
+                        await self._serve(client)
+                except (QmpClosed, QmpError) as error:
+                    self._journal.guest_caused(
+                        "qmp", LogEvent.QMP_DISCONNECTED, path=str(self._path), error=str(error)
+                    )
+                    self._owner.on_unreachable(str(error))
+                finally:
+                    self.connected = False
+                await trio.sleep(RETRY_S)
 
     async def _serve(self, client: QmpClient) -> None:
         self.connected = True
         self._journal.log.info(LogEvent.QMP_CONNECTED, path=str(self._path), qemu=client.version)
         with client.events("RESET") as events:
             encryption = await _encryption(client)
-            self._owner.on_machine(await _pinning(client), encryption)
+            await self._look(client, encryption)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._hear, events)
                 nursery.start_soon(self._look_again, client, encryption)
@@ -128,11 +141,21 @@ class Monitor:
 
     # -- what kind of machine it is ------------------------------------------------------------
 
+    async def _look(self, client: QmpClient, encryption: str | None) -> None:
+        """Tell the owner what the machine is like, asked after the latest device was connected."""
+        while True:
+            asked_at, self._look_now = self._connections, trio.Event()
+            pinning = await _pinning(client)
+            if asked_at == self._connections:
+                self._owner.on_machine(pinning, encryption)
+                return
+
     async def _look_again(self, client: QmpClient, encryption: str | None) -> None:
         while True:
-            await trio.sleep(LOOK_AGAIN_S)
+            with trio.move_on_after(LOOK_AGAIN_S):
+                await self._look_now.wait()
             try:
-                self._owner.on_machine(await _pinning(client), encryption)
+                await self._look(client, encryption)
             except QmpClosed:
                 return
 

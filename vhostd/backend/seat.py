@@ -143,7 +143,7 @@ class DeviceSeat:
         news = LogEvent.TAKEN_OVER if connection.resumed else LogEvent.VM_CONNECTED
         journal.log.info(news, device=self.name)
         journal.publish(news, {"device": self.name})
-        self._shared.connected()
+        self._shared.connected(resumed=connection.resumed)
         try:
             await connection.run()
             if not connection.left_alone:

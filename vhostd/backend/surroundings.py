@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
 from vhostd.memory.registry import MemoryRegistry
+
+
+class OnConnected(Protocol):
+    """Called when a VMM's connection is served; resumed: a predecessor served it already."""
+
+    def __call__(self, *, resumed: bool) -> None:
+        """Must not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +24,7 @@ class Surroundings:
 
     Attributes:
         stop_vm: has the VMM pause the VM; its argument says why.
-        connected: called when a VMM's connection was accepted.
+        connected: called when a VMM's connection is served.
         keeping: what a successor gets.
         next_event: number of the event stream's next event.
         memory_slots: the VMM may send its memory table slot by slot. QEMU 11.1 crashes at a reboot
@@ -27,7 +35,7 @@ class Surroundings:
     registry: MemoryRegistry
     journal: Journal
     stop_vm: Callable[[str], None]
-    connected: Callable[[], None]
+    connected: OnConnected
     memory_slots: bool = True
     keeping: VmKeeping = field(default_factory=VmKeeping.none)
     next_event: Callable[[], int] = lambda: 0

@@ -15,8 +15,8 @@ from vhostd.backend.configured import balloon_of, find, mem_of, pmem_of, policy_
 from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
 from vhostd.backend.left import VmLeft
+from vhostd.backend.machine import Machine
 from vhostd.backend.memory_pursuit import MemoryPursuit
-from vhostd.backend.monitor import Monitor
 from vhostd.backend.seat import DeviceSeat
 from vhostd.backend.storage import Storage
 from vhostd.backend.surroundings import Surroundings
@@ -43,6 +43,7 @@ class Vm:
     """A VM's devices and what serves them.
 
     Attributes:
+        machine: what is known of it, and whether its memory may be discarded.
         balloon: its balloon, or None; devices outlive connections, as an operator's wishes do.
         mems: its virtio-mem devices by id, in the configuration's order.
         pmems: its virtio-pmem devices; settled: what a predecessor left is no longer wanted.
@@ -75,7 +76,6 @@ class Vm:
         keeping = self._keeping = VmKeeping.none() if keeping is None else keeping
         self.config = config
         self._journal = journal
-        self._monitor = None if config.qmp is None else Monitor(config.qmp, self, journal)
         self.mems = {mem.id: mem_of(mem) for mem in config.mems}
         self.pmems = {pmem.id: pmem_of(pmem) for pmem in config.pmems}
         self.balloon = None if config.balloon is None else balloon_of(config.balloon, self._windows)
@@ -85,9 +85,10 @@ class Vm:
             **self.pmems,
         }
         policies = {pmem.id: policy_of(pmem) for pmem in config.pmems}
-        shared = self._surroundings(keeping, next_event)
         for name, device in devices.items():
             self._begin(name, device)
+        self.machine = self._begin_machine(keeping, next_event)
+        shared = self._surroundings(keeping, next_event)
         self._seats = {
             name: DeviceSeat(
                 name,
@@ -108,6 +109,18 @@ class Vm:
             None if left is None else left.record.goal,
         )
         self._tell_hotplug_size()
+
+    def _begin_machine(self, keeping: VmKeeping, next_event: Callable[[], int]) -> Machine:
+        return Machine(
+            self.config.qmp,
+            self.balloon,
+            self.mems,
+            lambda name, effects: self._seats[name].perform(effects),
+            lambda: sum(seat.connection is not None for seat in self._seats.values()),
+            lambda verdict: keeping.commit_verdict(verdict, next_event()),
+            self._journal,
+            None if self._left is None else self._left.verdict,
+        )
 
     def _begin(self, name: str, device: Device) -> None:
         """Have a device go on where it was, as far as anybody knows."""
@@ -133,8 +146,8 @@ class Vm:
             self.name,
             self._registry,
             self._journal,
-            self._stop_vm,
-            self._vmm_connected,
+            self.machine.stop_vm,
+            self.machine.on_connected,
             not has_shmem,
             keeping,
             next_event,
@@ -146,8 +159,8 @@ class Vm:
         if left is not None:
             await left.map_memory(self.name, self._registry)
         async with VmWorker.open(self.name) as worker, trio.open_nursery() as nursery:
-            if self._monitor is not None:
-                nursery.start_soon(self._monitor.run)
+            if self.machine.monitor is not None:
+                nursery.start_soon(self.machine.monitor.run)
             if self._keeping.lasting is not None:
                 nursery.start_soon(self._keeping.lasting.run)
             async with trio.open_nursery() as seats:
@@ -172,58 +185,6 @@ class Vm:
         """A device whose worker waits for a disk shares it with no other."""
         async with VmWorker.open(f"{self.name}:{seat.name}") as worker:
             await seat.run(worker)
-
-    # -- what the machine does (monitor.MonitorOwner) ------------------------------------------
-
-    @property
-    def vmm_present(self) -> bool:
-        """A VMM is connected to one of the devices."""
-        return any(seat.connection is not None for seat in self._seats.values())
-
-    def on_system_reset(self) -> None:
-        """The machine was reset: no memory of a window is in use any more."""
-        for name, mem in self.mems.items():
-            self._seats[name].perform(mem.on_system_reset())
-
-    def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
-        """Give no memory back while devices pin it; change nothing about encrypted memory."""
-        why = f"guest memory is pinned by {', '.join(pinning)}" if pinning else None
-        forbidden = None
-        if encryption is not None:
-            why = forbidden = f"guest memory is encrypted by {encryption}"
-        for device in (self.balloon, *self.mems.values()):
-            if device is not None:
-                device.forbid(forbidden)
-        self._inhibit(why)
-        self._await_machine(False)
-
-    def on_unreachable(self) -> None:
-        """The monitor can't tell whether memory is pinned: what the operator configured is done."""
-        self._await_machine(False)
-
-    def _await_machine(self, awaited: bool) -> None:
-        for name, mem in self.mems.items():
-            self._seats[name].perform(mem.await_machine(awaited))
-
-    def _inhibit(self, why: str | None) -> None:
-        if self.balloon is not None and self.balloon.inhibited != why:
-            self._seats["balloon"].perform(self.balloon.inhibit(why))
-        for name, mem in self.mems.items():
-            self._seats[name].perform(mem.inhibit(why))
-
-    def _vmm_connected(self) -> None:
-        if self._monitor is not None:
-            # Another VMM, maybe, whose memory is pinned though that of the last one was not.
-            self._await_machine(True)
-            self._monitor.vmm_connected()
-
-    def _stop_vm(self, why: str) -> None:
-        if self._monitor is None:
-            self._journal.log.error(
-                LogEvent.VM_NOT_STOPPED, why=why, reason="no QMP socket is configured"
-            )
-        else:
-            self._monitor.stop_vm(why)
 
     # -- what an operator wants ----------------------------------------------------------------
 
@@ -382,7 +343,8 @@ class Vm:
             **describe(self._seats, list(self.mems), list(self.pmems)),
             "usable": self._usable_size(),
             "usable_goal": self._pursuit.size,
-            "qmp": self._monitor is not None and self._monitor.connected,
+            "qmp": self.machine.monitor is not None and self.machine.monitor.connected,
+            "discards": self.machine.status(),
         }
 
     def _usable_size(self) -> int | None:

@@ -48,7 +48,10 @@ class QueueCounters(msgspec.Struct):
 
 
 class BalloonStatus(msgspec.Struct):
-    """A balloon; all sizes in bytes. `actual` and `stats` are what the guest says."""
+    """A balloon; all sizes in bytes. `actual` and `stats` are what the guest says.
+
+    `withheld` is what the guest ever gave up or reported while nothing might be given back.
+    """
 
     target: int
     actual: int
@@ -63,6 +66,7 @@ class BalloonStatus(msgspec.Struct):
     stats_received_s: float
     stats_updates: int
     inhibited: str | None
+    withheld: int
     hint: HintStatus
     counters: dict[str, int]
     queues: dict[str, QueueCounters]
@@ -73,7 +77,8 @@ class MemStatus(msgspec.Struct):
 
     `violations` counts unplugged blocks that were ever found to hold memory; `violating_` is what
     the latest look found. `standing` says how far the guest is, and why not further. `window`:
-    the VMM has the memory the device needs. `inhibited`: why nothing is given back now.
+    the VMM has the memory the device needs. `inhibited`: why nothing is given back now;
+    `withheld`: unplugged, and not given back because of it.
     """
 
     id: str
@@ -92,6 +97,7 @@ class MemStatus(msgspec.Struct):
     reached: bool
     standing: str
     inhibited: str | None
+    withheld: int
     discarding: int
     discard_errors: int
     features: list[str]
@@ -147,6 +153,19 @@ class CacheDropped(msgspec.Struct):
     why_not_all: str | None
 
 
+class DiscardsStatus(msgspec.Struct):
+    """Whether memory is given back to the host; why: what stands in the way.
+
+    `finding`: "free", "pinned" or "encrypted" is what the VMM's monitor said. "unknown": it has not
+    answered, and nothing is given back until it does. "unchecked": the VM has no `qmp`, nobody
+    checks whether memory is pinned.
+    """
+
+    allowed: bool
+    finding: Literal["unchecked", "unknown", "free", "pinned", "encrypted"]
+    why: str | None
+
+
 class VmStatus(msgspec.Struct):
     """One VM. `queues` above is by role; `faults` says by index which rings are quarantined.
 
@@ -171,6 +190,7 @@ class VmStatus(msgspec.Struct):
     usable: int | None = None
     usable_goal: int | None = None
     qmp: bool = False
+    discards: DiscardsStatus | None = None  # left out where nobody serves the VM
     paused: str | None = None
     balloon: BalloonStatus | None = None  # left out where there is none
 

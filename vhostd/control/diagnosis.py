@@ -132,6 +132,14 @@ def daemon_checks(socket: str, statuses: Sequence[Mapping[str, Any]]) -> list[Ch
     return checks
 
 
+_NOTHING_GIVEN_BACK: Final = {
+    "pinned": "no memory is given back to the host while that device is there",
+    "encrypted": "leave the size of this VM as it is",
+    "unknown": "no memory is given back until the VMM's QMP socket answers: is qmp its path, and is"
+    " no other client connected to it? QEMU serves one client of a socket at a time",
+}
+
+
 def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     name = status["vm"]
     if paused := status.get("paused"):
@@ -143,9 +151,11 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
             f"quarantined: {fault}",
             "the guest's driver is at fault; it is served again once it is set up anew",
         )
-    balloon = status.get("balloon")
-    if balloon is not None and balloon["inhibited"]:
-        yield Check(f"{name} balloon", WARNING, balloon["inhibited"], "nothing is given back")
+    discards = status.get("discards")
+    if discards is not None and discards["why"] and status["state"] != "waiting":
+        yield Check(
+            f"{name} memory", WARNING, discards["why"], _NOTHING_GIVEN_BACK[discards["finding"]]
+        )
     for mem in status["mem"]:
         yield from _mem_checks(f"{name} {mem['id']}", mem)
     for pmem in status["pmem"]:

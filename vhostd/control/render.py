@@ -70,6 +70,8 @@ def show_vm(vm: Object) -> None:
     ]
     if paused := vm.get("paused"):
         rows.append(("left alone", Text(paused, "bold red")))
+    if discards := vm.get("discards"):
+        rows.append(("discards", _discards(discards)))
     if balloon := vm.get("balloon"):
         rows += [
             ("balloon target", _size(balloon["target"])),
@@ -77,7 +79,7 @@ def show_vm(vm: Object) -> None:
             ("inflated", _size(balloon["inflated"])),
             ("reported free", f"{_size(balloon['reported'])} ever"),
             ("discarded", f"{_size(balloon['discarded'])} ever"),
-            *([("discards", f"inhibited: {balloon['inhibited']}")] if balloon["inhibited"] else []),
+            *([("withheld", _withheld(balloon))] if balloon["withheld"] else []),
             ("features", ", ".join(balloon["features"]) or "none negotiated"),
         ]
     for mem in vm["mem"]:
@@ -94,6 +96,18 @@ def show_vm(vm: Object) -> None:
         show_statistics(balloon["stats"])
 
 
+def _withheld(balloon: Object) -> str:
+    return f"{_size(balloon['withheld'])} ever given up or reported while nothing was discarded"
+
+
+def _discards(discards: Object) -> Text | str:
+    if discards["why"]:
+        return Text(f"none: {discards['why']}", "bold yellow")
+    if discards["finding"] == "unchecked":
+        return "allowed; nobody checks whether memory is pinned: the VM has no qmp"
+    return "allowed: nothing pins guest memory"
+
+
 def _mem_rows(mem: Object) -> list[tuple[str, Text | str]]:
     name, plugged, requested = mem["id"], _size(mem["plugged"]), _size(mem["requested"])
     where = f"window of {_size(mem['size'])} at {mem['address']:#x}, guest node {mem['node']}"
@@ -101,8 +115,8 @@ def _mem_rows(mem: Object) -> list[tuple[str, Text | str]]:
         (name, f"{plugged} plugged of {requested} requested: {mem['standing']}"),
         (f"{name} blocks", f"{_size(mem['block_size'])} each; {where}"),
     ]
-    if mem["inhibited"]:
-        rows.append((f"{name} discards", Text(f"inhibited: {mem['inhibited']}", "bold yellow")))
+    if mem["withheld"]:
+        rows.append((f"{name} withheld", f"{_size(mem['withheld'])} unplugged and not given back"))
     if mem["violations"]:
         now = f"{_size(mem['violating_size'])} in unplugged blocks now"
         rows.append((f"{name} violations", Text(f"{mem['violations']} ever, {now}", "bold red")))

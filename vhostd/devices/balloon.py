@@ -41,6 +41,7 @@ from vhostd.devices.base import (
     Role,
 )
 from vhostd.devices.memory_plan import boot_memory_size
+from vhostd.devices.verdict import Verdict
 from vhostd.errors import GuestError
 from vhostd.units import BALLOON_PAGE_SIZE, format_size
 
@@ -68,7 +69,7 @@ class Balloon:
         features: what the driver negotiated; 0 before.
         guest_memory_size: bytes of guest RAM, with what other devices were asked to add; 0 while
             unknown.
-        inhibited: why nothing is discarded now, or None.
+        verdict: whether anything may be discarded now.
     """
 
     device_id = BALLOON_DEVICE_ID
@@ -81,7 +82,7 @@ class Balloon:
         self.options = options or BalloonOptions()
         self.features = 0
         self.guest_memory_size = 0
-        self.inhibited: str | None = None
+        self.verdict = Verdict()
         self.started = False
         self.statistics = StatisticsQueue()
         self.hinting = Hinting()
@@ -90,7 +91,6 @@ class Balloon:
         self._poison_value = 0
         self._boot_memory_size = 0
         self._hotplug_size = 0
-        self._forbidden: str | None = None
 
     @property
     def target(self) -> int:
@@ -152,8 +152,8 @@ class Balloon:
 
     def check_usable(self) -> None:
         """Raises Refused if no target may be set at all."""
-        if self._forbidden is not None:
-            raise Refused(f"the balloon can't be used: {self._forbidden}")
+        if self.verdict.frozen is not None:
+            raise Refused(f"the balloon can't be used: {self.verdict.frozen}")
 
     def set_guest_memory(self, size: int) -> Effects:
         """The guest's RAM became known, in bytes: a larger target shrinks to it.
@@ -194,14 +194,10 @@ class Balloon:
         """
         return self._with_command(self.hinting.stop())
 
-    def inhibit(self, why: str | None) -> Effects:
-        """Discard nothing at all while there is a reason not to, such as pinned memory."""
-        self.inhibited = why
+    def on_verdict(self, verdict: Verdict) -> Effects:
+        """Discard, or discard nothing, from now on; a VMM that comes and goes changes nothing."""
+        self.verdict = verdict
         return [ConfigureDataPlane(self._data_plane())]
-
-    def forbid(self, why: str | None) -> None:
-        """Refuse every target for this reason, such as encrypted memory."""
-        self._forbidden = why
 
     def set_hotplug_size(self, size: int) -> Effects:
         """Other devices were asked to add `size` bytes of RAM in all."""
@@ -223,7 +219,6 @@ class Balloon:
         self.on_stopped()
         self.on_driver_reset()
         self.features = self._poison_value = 0
-        self._forbidden = self.inhibited = None
 
     # -- what the driver does ------------------------------------------------------------------
 
@@ -348,7 +343,8 @@ class Balloon:
             "features": balloon_feature_names(self.features),
             "reached": self.reached,
             "guest_memory": self.guest_memory_size,
-            "inhibited": self.inhibited,
+            "inhibited": self.verdict.inhibited,
+            "withheld": counters["withheld_size"],
             "poison_value": self._poison_value,
             "stats_received_s": self.statistics.received_s,
             "stats_updates": self.statistics.updates,
@@ -382,8 +378,8 @@ class Balloon:
             flags |= DataPlane.MUST_TELL_HOST
         if self.features & BalloonFeature.PAGE_POISON:
             flags |= DataPlane.PAGE_POISON
-        if self.inhibited is not None:
-            flags |= DataPlane.INHIBIT
+        if self.verdict.may_discard:
+            flags |= DataPlane.MAY_DISCARD
         return flags
 
     def _require(self, feature: BalloonFeature, what: str) -> None:

@@ -39,7 +39,7 @@ class DataPlane(IntFlag):
 
     MUST_TELL_HOST = 1
     PAGE_POISON = 2
-    INHIBIT = 4
+    MAY_DISCARD = 4
 
 
 class DeviceEvent(StrEnum):

@@ -39,6 +39,7 @@ from vhostd.devices.mem_standing import Progress, standing
 from vhostd.devices.mem_state import MemState, decode, decode_lasting, decode_runs
 from vhostd.devices.mem_violations import RUNS_TOLD_MAX
 from vhostd.devices.mem_window import LARGE_GUEST_SIZE, MemOptions
+from vhostd.devices.verdict import Verdict
 from vhostd.errors import GuestError
 from vhostd.protocol.features import VirtioFeature
 from vhostd.units import format_size
@@ -65,7 +66,6 @@ class Mem:
         self.started = False
         self._blocks = Plugging(options)
         self._last_request_s = 0.0
-        self._forbidden: str | None = None
         self._nudge = Nudge()
 
     @property
@@ -86,7 +86,7 @@ class Mem:
     @property
     def inhibited(self) -> str | None:
         """Why no memory is given back now, or None."""
-        return self._blocks.inhibited
+        return self._blocks.verdict.inhibited
 
     @property
     def offered_features(self) -> int:
@@ -134,10 +134,11 @@ class Mem:
                 f"{name} moves blocks of {format_size(block_size)}, and {size} bytes are no"
                 f" multiple of it; the nearest are {below} and {below + block_size}"
             )
-        if self._forbidden is not None:
-            raise Refused(f"{name} can't be resized: {self._forbidden}")
-        if self.inhibited is not None and size < self.requested_size:
-            raise Refused(f"{name} can't give memory back now: {self.inhibited}")
+        verdict = self._blocks.verdict
+        if verdict.frozen is not None:
+            raise Refused(f"{name} can't be resized: {verdict.frozen}")
+        if verdict.forbids and size < self.requested_size:
+            raise Refused(f"{name} can't give memory back now: {verdict.inhibited}")
 
     def set_requested_size(self, size: int) -> Effects:
         """Ask the guest to use `size` bytes of the window.
@@ -156,20 +157,16 @@ class Mem:
         event = Event(DeviceEvent.MEM_REQUESTED, blocks.told())
         return [blocks.publish_sizes(), NotifyConfig(), event]
 
-    def forbid(self, why: str | None) -> None:
-        """Refuse every change of size for this reason, such as encrypted memory."""
-        self._forbidden = why
+    def on_verdict(self, verdict: Verdict) -> Effects:
+        """Give nothing back while that is not allowed; once it is, give back all that is unplugged.
 
-    def inhibit(self, why: str | None) -> Effects:
-        """Give nothing back while there is a reason not to, such as pinned memory.
-
-        When it ends, all that is unplugged is given back.
+        A VMM that comes and goes changes nothing about it.
         """
-        if why == self.inhibited:
+        before, self._blocks.verdict = self._blocks.verdict, verdict
+        if before.inhibited == verdict.inhibited:
             return []
-        self._blocks.inhibited = why
-        told = Event(DeviceEvent.MEM_INHIBITED, {**self._blocks.told(), "why": why})
-        if why is not None:
+        told = Event(DeviceEvent.MEM_INHIBITED, {**self._blocks.told(), "why": verdict.inhibited})
+        if not verdict.may_discard:
             return [told]
         # Who was told BUSY may try again.
         self._blocks.answers.progress()
@@ -198,11 +195,6 @@ class Mem:
             effects += [*blocks.sweep(), NotifyConfig()]
         return effects
 
-    def await_machine(self, awaited: bool) -> Effects:
-        """While awaited, leave a new window as it is: its memory may be pinned, or may not."""
-        was_held, self._blocks.sweep_held = self._blocks.sweep_held, awaited
-        return self._blocks.sweep() if was_held and not awaited else []
-
     def on_system_reset(self) -> Effects:
         """The VMM says the machine was reset: nothing of the window is in use any more.
 
@@ -214,7 +206,6 @@ class Mem:
     def on_disconnected(self) -> None:
         self.started = False
         self.features = 0
-        self._forbidden = None
         self._blocks.forget_all()
 
     # -- what the driver does ------------------------------------------------------------------
@@ -303,6 +294,7 @@ class Mem:
             plugged=list(blocks.plugged.runs()),
             recent=blocks.answers.recent,
             violations=blocks.watch.violations,
+            withheld=list(blocks.withheld.runs()),
         )
         plain: JsonObject = msgspec.to_builtins(state)
         return plain
@@ -312,6 +304,7 @@ class Mem:
         blocks = self._blocks
         # What was to be discarded is found again when the window is swept.
         blocks.plugged = decode_runs(state.plugged, self.options.block_count)
+        blocks.withheld = decode_runs(state.withheld, self.options.block_count)
         blocks.requested_size, blocks.usable_size = state.requested_size, state.usable_size
         blocks.watch.violations = state.violations
         blocks.answers.recent = state.recent
@@ -353,6 +346,7 @@ class Mem:
             "reached": self.requested_size == self.plugged_size,
             "standing": standing(self._progress(), now_s),
             "inhibited": self.inhibited,
+            "withheld": blocks.withheld.size * options.block_size,
             "discarding": blocks.awaiting_discard.size * options.block_size,
             "discard_errors": blocks.discard_errors,
             "features": mem_feature_names(self.features),

@@ -34,6 +34,7 @@ from vhostd.devices.mem_request import (
 )
 from vhostd.devices.mem_violations import OnViolation, ViolationWatch, tell
 from vhostd.devices.mem_window import MemOptions
+from vhostd.devices.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,9 @@ class Plugging:
     Attributes:
         requested_size: bytes the guest is asked to use.
         usable_size: bytes from the window's start in which it may plug.
-        inhibited: why no memory is given back now, or None.
+        verdict: whether memory may be given back now.
         missing_window: why there is no window to plug in, or None.
-        sweep_held: a new window may not be emptied yet.
+        withheld: unplugged blocks that keep their memory until it may be given back.
         large_guest: see MemOptions.usable_size().
         answers: what the driver was told.
         watch: memory found in unplugged blocks.
@@ -63,9 +64,9 @@ class Plugging:
     def __init__(self, options: MemOptions) -> None:
         self.options = options
         self.requested_size = options.requested_size
-        self.inhibited: str | None = None
+        self.verdict = Verdict()
         self.missing_window: str | None = options.missing(())
-        self.sweep_held = False
+        self.withheld = BlockSet(options.block_count)
         self.large_guest = False
         self.usable_size = self.wanted_usable_size
         self.answers = Answers()
@@ -101,8 +102,8 @@ class Plugging:
     def forget_all(self) -> None:
         """The VMM is gone, and the window with it."""
         self.forget_chains()
-        self.inhibited = None
         self.missing_window = self.options.missing(())
+        self.withheld.clear()
         self.answers.forget()
         self.plugged.clear()
         self.awaiting_discard.clear()
@@ -159,6 +160,7 @@ class Plugging:
     def _plug_now(self, chain: Chain, run: Run) -> list[Effect]:
         self.plugged.add(*run)
         self._undiscarded.remove(*run)
+        self.withheld.remove(*run)
         self.watch.changed(*run)
         self.answers.progress()
         return self._done(chain, [])
@@ -172,8 +174,8 @@ class Plugging:
     def _unplug(self, chain: Chain, request: Request, run: Run) -> list[Effect]:
         if not self.plugged.has_all(*run):
             return self._refuse(chain, request, "unplugged already")
-        if self.inhibited is not None:
-            return self.answers.busy(chain, self.inhibited)
+        if self.verdict.inhibited is not None:
+            return self.answers.busy(chain, self.verdict.inhibited)
         self.plugged.remove(*run)
         # The guest goes on at once: whoever plugs these blocks again waits until they are empty.
         return self._done(chain, self._discard(run))
@@ -205,6 +207,8 @@ class Plugging:
         self.watch.changed(*run)
         effects: list[Effect] = []
         self._undiscarded.remove(*run)
+        if not self.verdict.may_discard:
+            self.withheld.add(*run)
         if error is not None:
             self.discard_errors += 1
             self._undiscarded.add(*run)
@@ -252,7 +256,7 @@ class Plugging:
     def look_begins(self) -> list[GuestRange]:
         """Where no memory may be now; on_looked() or on_excess() must follow."""
         self.watch.look_begins()
-        if self.missing_window is not None or self.inhibited is not None or self.sweep_held:
+        if self.missing_window is not None or not self.verdict.may_discard:
             return []
         return [self.options.range(run) for run in self._may_have_memory().runs(inside=False)]
 
@@ -319,13 +323,17 @@ class Plugging:
     def discard_due(self, part: GuestRange) -> bool:
         """Whether a part of a DiscardMemory should still be carried out."""
         run = self.options.blocks_of(part)
-        return self.inhibited is None and self.awaiting_discard.has_all(*run)
+        return self.verdict.may_discard and self.awaiting_discard.has_all(*run)
 
     def _discard(self, run: Run) -> list[Effect]:
         first, count = run
         self.watch.changed(first, count)
-        if self.inhibited is not None or self.missing_window is not None:
+        if self.missing_window is not None:
             return []
+        if not self.verdict.may_discard:
+            self.withheld.add(first, count)
+            return []
+        self.withheld.remove(first, count)
         # Asked for twice, the second one might come after the guest has plugged and filled it.
         fresh = list(self.awaiting_discard.runs(inside=False, first=first, count=count))
         self.awaiting_discard.add(first, count)
@@ -333,7 +341,7 @@ class Plugging:
 
     def sweep(self) -> list[Effect]:
         """Give back whatever lies in blocks that are not plugged, if that is allowed now."""
-        if self.sweep_held:
+        if not self.verdict.may_discard:
             return []
         return [
             effect for run in list(self.plugged.runs(inside=False)) for effect in self._discard(run)

@@ -15,7 +15,7 @@ from vhostd.devices.mem_window import MemOptions
 class MemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a successor process needs; runs are [first block, blocks], sizes bytes.
 
-    recent: see Answers.
+    recent: see Answers; withheld: see Plugging.
     """
 
     size: int
@@ -25,6 +25,7 @@ class MemState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plugged: list[Run]
     recent: list[Executed]
     violations: int
+    withheld: list[Run] = []
 
 
 class LastingMem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -44,6 +44,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     """One VM. devices: encoded DeviceRecords, by id.
 
     goal: boot memory and size `memory set` asked for, bytes, and whether its devices are done.
+    verdict: what the monitor said last (devices.verdict): finding and detail.
     next_event: no event of the stream has this number or a higher one, nearly.
     """
 
@@ -52,6 +53,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     devices: dict[str, msgspec.Raw]
     goal: tuple[int, int, bool] | None = None
     next_event: int = 0
+    verdict: tuple[str, str] | None = None
 
 
 def encode_device(record: DeviceRecord) -> msgspec.Raw:
