@@ -208,9 +208,8 @@ static void discard_runs(struct vhd_balloon *balloon, const struct page_run *run
              at++)
             if (runs[at].end > run.end)
                 run.end = runs[at].end;
-        if (run.mapping->discardable)
-            discard_run(balloon, run.mapping, run.first, run.end - run.first,
-                        flags & VHD_BALLOON_MUST_TELL_HOST);
+        discard_run(balloon, run.mapping, run.first, run.end - run.first,
+                    flags & VHD_BALLOON_MUST_TELL_HOST);
     }
 }
 
@@ -303,7 +302,7 @@ struct run {
 
 static void flush_run(struct vhd_balloon *balloon, struct run *run)
 {
-    if (run->size != 0 && run->mapping->discardable) {
+    if (run->size != 0) {
         uint64_t page_size = run->mapping->page_size;
         uint64_t begin = (run->offset + page_size - 1) / page_size * page_size;
         uint64_t end = (run->offset + run->size) / page_size * page_size;

@@ -2,42 +2,44 @@
  * because the VMM reads and clears it at the same time. Must not know who writes what. */
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "vhd.h"
 
+/* Whole pages of the file around the window: mmap(2) and munmap(2) of hugetlbfs take no less. */
+static int map(struct vhd_log *log, int fd, uint64_t page_size, uint64_t offset)
+{
+    uint64_t skip = offset % page_size;
+
+    log->map_size = (skip + log->size + page_size - 1) / page_size * page_size;
+    log->map =
+        mmap(NULL, log->map_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)(offset - skip));
+    if (log->map == MAP_FAILED)
+        return -errno;
+    log->bits = (_Atomic uint8_t *)((uint8_t *)log->map + skip);
+    return 0;
+}
+
 vhd_log *vhd_log_create(int fd, uint64_t size, uint64_t offset, int *error)
 {
-    struct stat status;
-    uint64_t page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+    struct vhd_backing backing;
     struct vhd_log *log;
 
-    if (fstat(fd, &status) != 0) {
-        *error = -errno;
-        return NULL;
-    }
-    if (!S_ISREG(status.st_mode) || size == 0 || offset > INT64_MAX || size > INT64_MAX - offset ||
-        offset + size > (uint64_t)status.st_size) {
+    *error = vhd_backing_inspect(fd, &backing);
+    if (*error == 0 && (size == 0 || size > backing.size || offset > backing.size - size))
         *error = -EINVAL;
+    if (*error != 0)
         return NULL;
-    }
     log = calloc(1, sizeof *log);
     if (log == NULL) {
         *error = -ENOMEM;
         return NULL;
     }
-    uint64_t skip = offset % page_size;
-    log->map_size = size + skip;
-    log->map =
-        mmap(NULL, log->map_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)(offset - skip));
-    if (log->map == MAP_FAILED) {
-        *error = -errno;
+    log->size = size;
+    *error = map(log, fd, backing.page_size, offset);
+    if (*error != 0) {
         free(log);
         return NULL;
     }
-    log->bits = (_Atomic uint8_t *)((uint8_t *)log->map + skip);
-    log->size = size;
     return log;
 }
 
@@ -45,7 +47,9 @@ void vhd_log_destroy(vhd_log *log)
 {
     if (log == NULL)
         return;
-    munmap(log->map, log->map_size);
+    int rc = munmap(log->map, log->map_size);
+    assert(rc == 0);
+    (void)rc;
     free(log);
 }
 

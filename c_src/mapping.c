@@ -1,11 +1,8 @@
 /* mapping.c - guest memory files, mapped whole and shared. Must not know what lies in them. */
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 #include <fcntl.h>
-#include <linux/magic.h>
 
 #include "vhd.h"
 
@@ -14,32 +11,6 @@ static size_t bitmap_size(uint64_t file_size)
     uint64_t pages = (file_size + VHD_GUEST_PAGE_SIZE - 1) / VHD_GUEST_PAGE_SIZE;
 
     return (size_t)((pages + 63) / 64 * sizeof(uint64_t));
-}
-
-/* What kind of file it is; 0 or -errno. */
-static int inspect(int fd, struct vhd_mapping *mapping)
-{
-    struct stat status;
-    struct statfs filesystem;
-    int flags = fcntl(fd, F_GETFL);
-
-    if (flags < 0 || fstat(fd, &status) != 0)
-        return -errno;
-    if (flags & O_PATH || !S_ISREG(status.st_mode))
-        return -EINVAL;
-    if ((flags & O_ACCMODE) != O_RDWR)
-        return -EACCES;
-    if (status.st_size <= 0)
-        return -ENODATA;
-    if (fstatfs(fd, &filesystem) != 0)
-        return -errno;
-    mapping->size = (uint64_t)status.st_size;
-    mapping->page_size = VHD_GUEST_PAGE_SIZE;
-    if (filesystem.f_type == HUGETLBFS_MAGIC)
-        mapping->page_size = (uint64_t)filesystem.f_bsize;
-    /* An image on a disk's file system must never get a hole because of a balloon. */
-    mapping->discardable = filesystem.f_type == TMPFS_MAGIC || filesystem.f_type == HUGETLBFS_MAGIC;
-    return 0;
 }
 
 static int map(struct vhd_mapping *mapping)
@@ -113,16 +84,21 @@ static int open_all(struct vhd_mapping *mapping, int fd, int given_up_fd)
 
 vhd_mapping *vhd_mapping_create(int fd, int given_up_fd, int *error)
 {
-    struct vhd_mapping *mapping = calloc(1, sizeof *mapping);
+    struct vhd_backing backing;
+    struct vhd_mapping *mapping;
 
+    *error = vhd_backing_inspect(fd, &backing);
+    if (*error != 0)
+        return NULL;
+    mapping = calloc(1, sizeof *mapping);
     if (mapping == NULL) {
         *error = -ENOMEM;
         return NULL;
     }
     mapping->fd = -1;
-    *error = inspect(fd, mapping);
-    if (*error == 0)
-        *error = open_all(mapping, fd, given_up_fd);
+    mapping->size = backing.size;
+    mapping->page_size = backing.page_size;
+    *error = open_all(mapping, fd, given_up_fd);
     if (*error != 0) {
         if (mapping->fd >= 0)
             close(mapping->fd);
@@ -150,11 +126,6 @@ uint64_t vhd_mapping_size(const vhd_mapping *mapping)
 uint64_t vhd_mapping_page_size(const vhd_mapping *mapping)
 {
     return mapping->page_size;
-}
-
-int vhd_mapping_discardable(const vhd_mapping *mapping)
-{
-    return mapping->discardable;
 }
 
 uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping)

@@ -1,7 +1,7 @@
-/* vhd_api.h - the whole boundary between Python and the C core.
+/* vhd_api.h - the boundary between Python and the C core; vhd_image_api.h goes on with images.
  *
- * One declaration, two readers: C includes this file through vhd.h, cffi parses it as its cdef.
- * That is why it holds no preprocessor line. Every size is in bytes unless the name says _pages;
+ * One declaration, two readers: C includes both files through vhd.h, cffi parses them as its cdef.
+ * That is why they hold no preprocessor line. Every size is in bytes unless the name says _pages;
  * addresses named guest_addr are guest-physical.
  *
  * Threads. "The worker" is the one native thread of a VM. Functions are called from Python threads
@@ -168,23 +168,31 @@ struct vhd_shared {
 typedef struct vhd_mapping
     vhd_mapping; /* one guest memory file, mapped whole and shared, once per VM */
 
+/* What a descriptor of somebody else's is of, as fstat(2) has it; 0 or -errno. A file system that
+ * may never answer is not asked: what the kernel knows of it must do. [any] */
+struct vhd_file {
+    uint64_t device; /* st_dev */
+    uint64_t inode;  /* st_ino */
+    uint32_t mode;   /* st_mode, the file's type alone */
+};
+int vhd_file_identify(int fd, struct vhd_file *file);
+
 /* Map all of fd's file. The fd is duplicated. *error gets -errno when NULL is returned:
- * -EINVAL not a regular file (memfd, hugetlb memfd, tmpfs or other file), -ENODATA empty file,
+ * -EOPNOTSUPP neither shmem (memfd, tmpfs) nor hugetlbfs, -EINVAL a mere path, -ENODATA empty file,
  * -EACCES not writable. given_up_fd: a predecessor's memfd of the same file's pages in the balloon,
  * duplicated, -EPROTO when it is none or of another size; -1 = a new one, nothing in the balloon.
- * May block on a hanging file system: call it from a worker thread. [any] */
+ * [any] */
 vhd_mapping *vhd_mapping_create(int fd, int given_up_fd, int *error);
 void vhd_mapping_destroy(vhd_mapping *mapping); /* no device may use it any more [any] */
 uint64_t vhd_mapping_size(const vhd_mapping *mapping);
 uint64_t vhd_mapping_page_size(const vhd_mapping *mapping); /* 4096, or the hugetlb page */
-int vhd_mapping_discardable(const vhd_mapping *mapping);    /* 1 on shmem and hugetlbfs only */
 /* Count of 4 KiB pages the guest gave up to the balloon in this file, by bitmap. [any] */
 uint64_t vhd_mapping_given_up_pages(const vhd_mapping *mapping);
 int vhd_mapping_given_up_fd(const vhd_mapping *mapping); /* memfd behind it, borrowed */
 
 /* Ranges of the file in whole pages of it, else -EINVAL; for memory that comes and goes by the
  * block. All may take long and are for a helper thread. [any] */
-/* Give the range back to the host. -EOPNOTSUPP: neither shmem nor hugetlbfs. */
+/* Give the range back to the host. */
 int vhd_mapping_discard(vhd_mapping *mapping, uint64_t offset, uint64_t size);
 /* Allocate the range's pages, zeroed. On failure (-ENOMEM, -ENOSPC) some of it may be allocated. */
 int vhd_mapping_populate(vhd_mapping *mapping, uint64_t offset, uint64_t size);
@@ -205,6 +213,7 @@ struct vhd_region {
 };
 
 typedef struct vhd_log vhd_log; /* dirty log of LOG_SHMFD: one bit per 4 KiB guest page */
+/* size and offset in bytes; the file as for a mapping. -EINVAL: the window leaves it. [any] */
 vhd_log *vhd_log_create(int fd, uint64_t size, uint64_t offset, int *error);
 void vhd_log_destroy(vhd_log *log);
 
@@ -340,60 +349,9 @@ void vhd_balloon_configure(vhd_device *device, uint32_t flags); /* [any] VHD_BAL
 /* The driver started afresh: nothing is in the balloon any more. [parked] */
 void vhd_balloon_reset(vhd_device *device);
 
-/* -- images: files that are a guest's persistent memory --------------------------------------- */
+/* -- images ----------------------------------------------------------------------------------- */
 
-typedef struct vhd_image vhd_image;
-
-/* How an image does, as a successor finds it too. Sizes in bytes, times in nanoseconds. */
-struct vhd_image_shared {
-    uint32_t magic;
-    uint32_t version;
-    uint32_t failed_errno; /* not 0: a sync failed, and every later one does until it is cleared */
-    uint32_t syncing;      /* a sync is under way: who finds this 1 knows nothing of its outcome */
-    uint64_t syncs;
-    uint64_t sync_ns; /* spent in all of them */
-    uint64_t sync_ns_last;
-    uint64_t sync_ns_max;
-};
-
-/* Page cache of an image, bytes. */
-struct vhd_image_cache {
-    uint64_t cached;
-    uint64_t dirty;
-    uint64_t writeback;
-};
-
-/* For a regular file or block device. Descriptors are duplicated. NULL: *error is -errno. [any]
- * shared_fd: a predecessor's memfd, -EPROTO when it is none; -1 = a new one. If it died in a sync,
- * nobody saw what came of it, and the kernel tells of a write error once for each open file: the
- * next sync then asks witness_fd too, the same file (else -EINVAL) opened a second time, not
- * duplicated, before the predecessor's first sync. Without one (-1) such an error is lost. fd must
- * be the open file that the predecessor had. */
-vhd_image *vhd_image_create(int fd, int witness_fd, int shared_fd, int *error);
-/* The last user closes it: a worker may be in a sync that ends much later. [any] */
-void vhd_image_release(vhd_image *image);
-/* Wait until no device and no worker uses it any more, for its one other user; blocks as long as a
- * sync. [any] */
-void vhd_image_wait_alone(vhd_image *image);
-const struct vhd_image_shared *vhd_image_shared(const vhd_image *image);
-int vhd_image_shared_fd(const vhd_image *image); /* memfd behind it, borrowed */
-/* Make all that was written durable; blocks. One sync at a time: the kernel reports a write error
- * once for each open file, and whoever waits must learn of it. Once one failed all fail with the
- * same -errno. [any] */
-int vhd_image_sync(vhd_image *image);
-/* Declare it failed, or forget that it is (blocks as long as a sync). [any] */
-void vhd_image_fail(vhd_image *image, uint32_t error);
-void vhd_image_clear(vhd_image *image);
-/* Begin to write dirty pages without waiting for them; may block where the disk's queue is full.
- * Errors are left for the next sync to report. [any] */
-int vhd_image_write_back(vhd_image *image);
-/* -ENOSYS: the kernel has no cachestat(2). [any] */
-int vhd_image_cache(vhd_image *image, struct vhd_image_cache *cache);
-
-/* Advise another process' memory (its address, bytes), which needs the right to look into it and
- * CAP_SYS_NICE: take the pages out of host memory; or forget that they were used. [any] */
-int vhd_process_page_out(int pidfd, uint64_t address, uint64_t size);
-int vhd_process_cool(int pidfd, uint64_t address, uint64_t size);
+typedef struct vhd_image vhd_image; /* see vhd_image_api.h */
 
 /* Whose syncs the device's VHD_HANDLER_FLUSH ring asks for; the device holds it until it gets
  * another, NULL or is detached. [parked] */

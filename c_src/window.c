@@ -18,8 +18,6 @@ int vhd_mapping_discard(vhd_mapping *mapping, uint64_t offset, uint64_t size)
 {
     if (!whole_pages(mapping, offset, size))
         return -EINVAL;
-    if (!mapping->discardable)
-        return -EOPNOTSUPP;
     return vhd_discard(mapping, offset, size);
 }
 

@@ -38,6 +38,7 @@ class LogEvent(StrEnum):
     VM_NOT_STOPPED = "vm_not_stopped"
     VERDICT = "discard_verdict"
     VM_BORROWED_MEMORY = "vm_memory_of_another_vm"
+    MEMORY_LEFT_ALONE = "memory_left_alone"
     QMP_CONNECTED = "qmp_connected"
     QMP_DISCONNECTED = "qmp_disconnected"
     FRONTEND_ERROR = "frontend_error"

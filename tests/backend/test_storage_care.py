@@ -126,7 +126,7 @@ class Rig:
         effects = EffectPerformer(
             self.native, requests, NoHostWork(), self.stops.append, lambda: None, journal
         )
-        memory = DeviceMemory("web", registry, worker, self.native)
+        memory = DeviceMemory(registry, worker, self.native, journal)
         self.storage = Storage(
             self.device,
             StoragePolicy(),

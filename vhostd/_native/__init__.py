@@ -6,7 +6,7 @@ not know messages or device logic.
 
 from vhostd._native.device import Device
 from vhostd._native.image import Image, process_cool, process_page_out
-from vhostd._native.memory import Log, Mapping, Region
+from vhostd._native.memory import FileIdentity, Log, Mapping, Region, identify_file
 from vhostd._native.values import (
     BalloonCounters,
     BalloonFlag,
@@ -31,6 +31,7 @@ __all__ = [
     "Device",
     "Event",
     "Fault",
+    "FileIdentity",
     "Handler",
     "Image",
     "ImageCache",
@@ -44,6 +45,7 @@ __all__ = [
     "RingSetup",
     "RingStatistics",
     "Worker",
+    "identify_file",
     "process_cool",
     "process_page_out",
 ]

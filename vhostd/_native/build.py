@@ -1,4 +1,4 @@
-"""Compiles c_src/ into vhostd._native._core; the cdef is c_src/vhd_api.h itself, to the letter.
+"""Compiles c_src/ into vhostd._native._core; the cdef is API of c_src/ itself, to the letter.
 
 Run by setuptools through pyproject.toml. VHOSTD_SANITIZE=address,undefined adds the sanitizers.
 """
@@ -13,6 +13,7 @@ import cffi
 from setuptools.command.build_ext import build_ext
 
 C_SOURCE: Final = Path("c_src")
+API: Final = ("vhd_api.h", "vhd_image_api.h")
 MODULE: Final = "vhostd._native._core"
 
 
@@ -23,7 +24,8 @@ class BuildExt(build_ext):
         """Generate, then compile."""
         generated = Path("vhostd/_native/_core.c")
         ffi = cffi.FFI()
-        ffi.cdef((C_SOURCE / "vhd_api.h").read_text())
+        for name in API:
+            ffi.cdef((C_SOURCE / name).read_text())
         ffi.set_source(MODULE, '#include "vhd.h"\n')
         ffi.emit_c_code(str(generated))
         for extension in self.extensions:

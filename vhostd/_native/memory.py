@@ -9,6 +9,26 @@ from vhostd._native._core import ffi, lib
 from vhostd._native.failure import check
 
 
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What a descriptor is of: st_dev, st_ino, and the type that st_mode holds."""
+
+    device: int
+    inode: int
+    mode: int
+
+
+def identify_file(fd: int) -> FileIdentity:
+    """What fstat(2) says, of a descriptor of somebody else's; no file system is waited for.
+
+    Raises:
+        OSError: it is no descriptor, or the file system does not let us look.
+    """
+    found = ffi.new("struct vhd_file *")
+    check(lib.vhd_file_identify(fd, found), "file")
+    return FileIdentity(found.device, found.inode, found.mode)
+
+
 class Mapping:
     """A guest memory file, mapped whole and shared.
 
@@ -18,9 +38,9 @@ class Mapping:
             forgotten; duplicated. -1: nothing is in the balloon.
 
     Raises:
-        OSError: EINVAL no regular file, ENODATA an empty one, EACCES not open for reading and
-            writing, EPROTO given_up_fd is none or of a file of another size, or what fstat(2) and
-            mmap(2) say. Blocks as long as the file system likes.
+        OSError: EOPNOTSUPP a file of neither shmem nor hugetlbfs, EINVAL a mere path, ENODATA an
+            empty file, EACCES not open for reading and writing, EPROTO given_up_fd is none or of a
+            file of another size, or what mmap(2) says.
     """
 
     def __init__(self, fd: int, given_up_fd: int = -1) -> None:
@@ -30,7 +50,6 @@ class Mapping:
             check(error[0], "guest memory")
         self.size: int = lib.vhd_mapping_size(self.handle)
         self.page_size: int = lib.vhd_mapping_page_size(self.handle)
-        self.discardable = bool(lib.vhd_mapping_discardable(self.handle))
 
     @property
     def given_up_pages(self) -> int:
@@ -50,7 +69,7 @@ class Mapping:
         """Give a range back to the host.
 
         Raises:
-            OSError: EOPNOTSUPP neither shmem nor hugetlbfs, or what fallocate(2) says.
+            OSError: what fallocate(2) says.
         """
         check(lib.vhd_mapping_discard(self.handle, offset, size), "discard")
 
@@ -107,7 +126,7 @@ class Log:
     """A dirty log, mapped: size bytes at offset of its file, one bit for 4 KiB of guest memory.
 
     Raises:
-        OSError: EINVAL the file is no regular one or shorter, or what mmap(2) says.
+        OSError: EINVAL the file is shorter; or as for a Mapping.
     """
 
     def __init__(self, fd: int, size: int, offset: int) -> None:

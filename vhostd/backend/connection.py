@@ -92,7 +92,7 @@ class DeviceConnection:
         )
         self._rings = Rings(self._native, device.queue_count)
         self.requests = BackendRequests(journal)
-        memory = self._memory = DeviceMemory(shared.vm_name, shared.registry, worker, self._native)
+        memory = self._memory = DeviceMemory(shared.registry, worker, self._native, journal)
         self._window = None
         host_work: HostWork = NoHostWork()
         if isinstance(device, Mem):

@@ -17,17 +17,17 @@ OnNews = Callable[[str, str, dict[str, Any]], None]
 
 
 class Journal:
-    """A VM's log and news."""
+    """A VM's log and news; vm_name is the VM's."""
 
     def __init__(self, vm_name: str, limiter: RateLimiter, on_news: OnNews) -> None:
-        self._vm_name = vm_name
+        self.vm_name = vm_name
         self._limiter = limiter
         self._listeners = [on_news]
         self.log: structlog.typing.FilteringBoundLogger = get_logger(vm=vm_name)
 
     def guest_caused(self, key: Hashable, event: str, **fields: object) -> None:
         """A line that a guest or VMM can cause as often as it likes: one a second for each key."""
-        suppressed = self._limiter.admit((self._vm_name, key))
+        suppressed = self._limiter.admit((self.vm_name, key))
         if suppressed is not None:
             if suppressed:
                 fields["suppressed"] = suppressed
@@ -36,7 +36,7 @@ class Journal:
     def publish(self, event: str, fields: dict[str, Any]) -> None:
         """Tell whoever listens to the event stream."""
         for listener in self._listeners:
-            listener(self._vm_name, event, fields)
+            listener(self.vm_name, event, fields)
 
     def listen(self, on_news: OnNews) -> None:
         """Tell somebody else as well, after all others."""

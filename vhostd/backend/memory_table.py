@@ -12,9 +12,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from vhostd import _native
+from vhostd.backend.journal import Journal
 from vhostd.devices.base import GuestRange, MemorySlot
 from vhostd.errors import FrontendError, HostError
-from vhostd.memory.registry import HeldRegion, ImageRegion, MemoryRegistry, RegionRequest
+from vhostd.log import LogEvent
+from vhostd.memory.registry import HeldRegion, MemoryRegistry, RegionRequest, UnmappedRegion
 from vhostd.protocol.wire import MemoryRegion
 from vhostd.session.actions import FileIdentity, RegionSource
 from vhostd.session.state import GuestRegion
@@ -31,17 +33,22 @@ class DeviceMemory:
     """The memory table of one native device, with its hold on the files."""
 
     def __init__(
-        self, vm_name: str, registry: MemoryRegistry, worker: Parkable, device: _native.Device
+        self,
+        registry: MemoryRegistry,
+        worker: Parkable,
+        device: _native.Device,
+        journal: Journal,
     ) -> None:
-        self._vm_name = vm_name
+        self._vm_name = journal.vm_name
         self._registry = registry
         self._worker = worker
         self._device = device
-        self._slots: dict[MemoryRegion, HeldRegion | ImageRegion] = {}
+        self._journal = journal
+        self._slots: dict[MemoryRegion, HeldRegion | UnmappedRegion] = {}
 
     @property
     def slots(self) -> list[MemorySlot]:
-        """Where guest memory is; disk images are none."""
+        """Where guest memory is; files that are left alone are none."""
         return [
             MemorySlot(region.guest_addr, region.size, held.region.mapping.page_size)
             for region, held in self._slots.items()
@@ -53,8 +60,12 @@ class DeviceMemory:
         return [
             GuestRange(region.guest_addr, region.size)
             for region, held in self._slots.items()
-            if isinstance(held, ImageRegion) and (held.device, held.inode) == identity
+            if isinstance(held, UnmappedRegion) and (held.device, held.inode) == identity
         ]
+
+    def begins_at(self, guest_addr: int) -> bool:
+        """Whether a region of whatever file begins there."""
+        return any(region.guest_addr == guest_addr for region in self._slots)
 
     def hold(self, part: GuestRange) -> tuple[HeldRegion, int] | None:
         """Hold the region in which a range lies; None if it lies in none.
@@ -63,7 +74,7 @@ class DeviceMemory:
             The region, to be released, and the range's offset in its file in bytes.
         """
         for held in self._slots.values():
-            if isinstance(held, ImageRegion):
+            if isinstance(held, UnmappedRegion):
                 continue
             region = held.region
             offset = part.guest_addr - region.guest_addr
@@ -81,8 +92,8 @@ class DeviceMemory:
             FrontendError: a region can't be mapped, or a started ring is not inside the new table.
                 Nothing changed then, and the descriptors stay the caller's.
         """
-        taken: list[HeldRegion | ImageRegion] = []
-        slots: dict[MemoryRegion, HeldRegion | ImageRegion] = {}
+        taken: list[HeldRegion | UnmappedRegion] = []
+        slots: dict[MemoryRegion, HeldRegion | UnmappedRegion] = {}
         try:
             for source in sources:
                 if source.file is None:
@@ -94,6 +105,8 @@ class DeviceMemory:
                 )
                 held = await self._registry.hold(self._vm_name, request)
                 taken.append(held)
+                if isinstance(held, UnmappedRegion) and not held.is_image:
+                    self._tell_left_alone(region)
                 slots[region] = held
             await self._install(slots)
         except BaseException:
@@ -113,22 +126,32 @@ class DeviceMemory:
             for source in sources
         )
 
+    def _tell_left_alone(self, region: MemoryRegion) -> None:
+        self._journal.guest_caused(
+            ("memory", region.guest_addr),
+            LogEvent.MEMORY_LEFT_ALONE,
+            guest_addr=hex(region.guest_addr),
+            size=region.size,
+            why="its file is neither shmem (memfd, tmpfs) nor hugetlbfs",
+            consequence="vhostd does not touch it; a device whose rings lie there can't work",
+        )
+
     async def resume(self, regions: Sequence[GuestRegion]) -> None:
-        """Make a predecessor's table ours; its files are mapped already, or disk images.
+        """Make a predecessor's table ours; its files are mapped already, or left alone.
 
         Raises:
             FrontendError, HostError: it can't be.
         """
-        slots: dict[MemoryRegion, HeldRegion | ImageRegion] = {}
+        slots: dict[MemoryRegion, HeldRegion | UnmappedRegion] = {}
         for region in regions:
             identity = (region.device, region.inode)
             slots[region.announced] = self._registry.hold_known(
                 self._vm_name, identity, region.guest_addr, region.size, region.file_offset
-            ) or ImageRegion(identity)
+            ) or UnmappedRegion(identity, is_image=self._registry.is_image(identity))
         await self._install(slots)
         self._slots = slots
 
-    async def _install(self, slots: dict[MemoryRegion, HeldRegion | ImageRegion]) -> None:
+    async def _install(self, slots: dict[MemoryRegion, HeldRegion | UnmappedRegion]) -> None:
         async with self._worker.parked():
             try:
                 self._device.set_regions(

@@ -209,7 +209,7 @@ class Storage:
         window = self._device.options.window
         if window in self._memory.images(self._open.identity):
             return None
-        if any(slot.guest_addr == window.guest_addr for slot in self._memory.slots):
+        if self._memory.begins_at(window.guest_addr):
             return f"the VMM has another file at {window.guest_addr:#x}; see vhostctl qemu-args"
         return f"the VMM has no memory at {window.guest_addr:#x}; see vhostctl qemu-args"
 

@@ -5,6 +5,7 @@ Knows files and mappings. Must not know sockets, rings or what a region is used 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import trio
 
-from vhostd._native import Mapping, Region
+from vhostd._native import FileIdentity, Mapping, Region, identify_file
 from vhostd.errors import FrontendError
 from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import VM_WIDE, FdStore, NoStore
@@ -79,16 +80,21 @@ class HeldRegion:
             self._registry.drop(file)
 
 
-class ImageRegion:
-    """A region whose file is a disk image. It is not mapped: no ring may lie in a guest's disk, no
-    page of it may be discarded, and what happens to the file must not happen to us.
+class UnmappedRegion:
+    """A region whose file is left alone: a disk image, or a file of neither shmem nor hugetlbfs.
+
+    No ring may lie in it, no page of it may be discarded, and what happens to the file must not
+    happen to us: it may shrink, or lie on a file system that the VMM runs itself and that never
+    answers.
 
     Attributes:
         device, inode: st_dev and st_ino of its file.
+        is_image: that is known to be a disk image.
     """
 
-    def __init__(self, identity: tuple[int, int]) -> None:
+    def __init__(self, identity: tuple[int, int], *, is_image: bool) -> None:
         self.device, self.inode = identity
+        self.is_image = is_image
 
     def release(self) -> None:
         """Nothing is held."""
@@ -107,8 +113,7 @@ class MemoryRegistry:
         self._adopted: list[_MemoryFile] = []
         self._files: dict[tuple[int, int], _MemoryFile] = {}
         self._images: Counter[tuple[int, int]] = Counter()
-        # Mapping a file may hang on its file system: its VM waits then, not the event loop. The
-        # limit is our own so that hanging VMs cannot use up trio's default threads.
+        # Mapping a large file takes a moment: its VM waits then, not the event loop.
         self._threads = trio.CapacityLimiter(_MAPPING_THREADS_MAX)
 
     def __len__(self) -> int:
@@ -125,24 +130,30 @@ class MemoryRegistry:
         if self._images[identity] == 0:
             del self._images[identity]
 
-    async def hold(self, owner: str, request: RegionRequest) -> HeldRegion | ImageRegion:
+    def is_image(self, identity: tuple[int, int]) -> bool:
+        """Whether this file is known to be a disk image."""
+        return identity in self._images
+
+    async def hold(self, owner: str, request: RegionRequest) -> HeldRegion | UnmappedRegion:
         """Map the region's file for the VM `owner`, unless it is mapped, and keep it mapped.
 
-        A disk image is left alone.
+        A disk image is left alone, and so is a file that is no memory.
 
         Raises:
-            FrontendError: the descriptor is no mappable memory file, the region lies outside its
-                file or is not aligned to its pages, or another VM owns the file.
+            FrontendError: the descriptor is of no file that may be guest memory, the region lies
+                outside its file or is not aligned to its pages, or another VM owns the file.
         """
-        status = await self._in_thread_fstat(request.file)
-        if (status.st_dev, status.st_ino) in self._images:
-            return ImageRegion((status.st_dev, status.st_ino))
-        if not stat.S_ISREG(status.st_mode):
+        found = _identify(request.file)
+        identity = (found.device, found.inode)
+        if identity in self._images:
+            return UnmappedRegion(identity, is_image=True)
+        if not stat.S_ISREG(found.mode):
             raise FrontendError("memory region: its descriptor is no memory file")
-        identity = (status.st_dev, status.st_ino)
         file = self._files.get(identity)
         if file is None:
             file = await self._map(owner, identity, request.file)
+        if file is None:
+            return UnmappedRegion(identity, is_image=False)
         if file.owner != owner:
             raise FrontendError(f"memory region: its file is the memory of VM {file.owner!r}")
         try:
@@ -152,13 +163,13 @@ class MemoryRegistry:
             if file.users == 0:
                 self._forget(file)
 
-    async def _in_thread_fstat(self, file: OwnedFd) -> os.stat_result:
-        return await trio.to_thread.run_sync(os.fstat, file.fileno(), limiter=self._threads)
-
-    async def _map(self, owner: str, identity: tuple[int, int], fd: OwnedFd) -> _MemoryFile:
+    async def _map(self, owner: str, identity: tuple[int, int], fd: OwnedFd) -> _MemoryFile | None:
+        """Map a file; None: it is of neither shmem nor hugetlbfs."""
         try:
             mapping = await trio.to_thread.run_sync(Mapping, fd.fileno(), limiter=self._threads)
         except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return None
             reason = os.strerror(error.errno or 0)
             raise FrontendError(f"memory region: its file cannot be mapped: {reason}") from error
         # Another device of the same VM may have mapped it while we were in the thread.
@@ -181,12 +192,12 @@ class MemoryRegistry:
             OSError: it can't be mapped.
         """
         with fd:
-            status = await self._in_thread_fstat(fd)
+            found = identify_file(fd.fileno())
             given_up = -1 if bitmap is None else bitmap.fileno()
             mapping = await trio.to_thread.run_sync(
                 lambda: Mapping(fd.fileno(), given_up), limiter=self._threads
             )
-        identity = (status.st_dev, status.st_ino)
+        identity = (found.device, found.inode)
         file = self._files[identity] = _MemoryFile(identity, owner, mapping, users=1)
         if bitmap is None:
             self._store.keep(file.name("bitmap"), mapping.given_up_fd)
@@ -221,6 +232,14 @@ class MemoryRegistry:
         self._store.forget(file.name("memory"))
         self._store.forget(file.name("bitmap"))
         file.mapping.close()
+
+
+def _identify(file: OwnedFd) -> FileIdentity:
+    try:
+        return identify_file(file.fileno())
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise FrontendError(f"memory region: its file cannot be looked at: {reason}") from error
 
 
 def _checked_region(request: RegionRequest, mapping: Mapping) -> Region:
