@@ -207,9 +207,9 @@ void vhd_device_set_log(vhd_device *device, vhd_log *log, int log_all)
 
 /* -- rings ------------------------------------------------------------------------------------ */
 
-/* Serve queue->ring, which is set up. */
+/* Serve queue->ring, which is set up, as soon as the worker has opened it. */
 static int start(struct vhd_device *device, struct vhd_queue *queue,
-                 const struct vhd_ring_setup *setup)
+                 const struct vhd_ring_setup *setup, enum vhd_opening opening)
 {
     int rc = vhd_handed_open(queue);
 
@@ -228,15 +228,16 @@ static int start(struct vhd_device *device, struct vhd_queue *queue,
     queue->err_fd = setup->err_fd;
     queue->started = true;
     queue->enabled = queue->look = false;
-    vhd_queue_publish_position(queue);
-    vhd_fence_before_death();
-    queue->shared->start_number = setup->start_number; /* now the rest is of this start */
+    queue->opening = opening;
+    queue->start_number = setup->start_number;
     queue->shared->started = 1;
     queue->shared->enabled = 0;
+    vhd_worker_open_later(device->worker);
     return 0;
 }
 
-int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
+static int begin(struct vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup,
+                 enum vhd_opening opening)
 {
     struct vhd_queue *queue = queue_at(device, index);
     int rc;
@@ -244,37 +245,27 @@ int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_set
     assert(device->worker != NULL && !queue->started);
     assert_parked(device);
     rc = vhd_ring_init(&queue->ring, table_of(device), setup);
-    if (rc != 0)
-        return rc;
-    queue->shared->fault = VHD_FAULT_NONE;
-    queue->shared->push = (struct vhd_ring_push){0, 0};
-    return start(device, queue, setup);
+    if (rc == 0)
+        rc = start(device, queue, setup, opening);
+    if (rc == 0 && opening != VHD_OPENING_RESUMED)
+        queue->shared->fault = VHD_FAULT_NONE;
+    return rc;
+}
+
+int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
+{
+    return begin(device, index, setup, VHD_OPENING_NEW);
 }
 
 int vhd_ring_resume(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup)
 {
-    struct vhd_queue *queue = queue_at(device, index);
+    const struct vhd_ring_shared *shared = queue_at(device, index)->shared;
     struct vhd_ring_setup found = *setup;
-    int rc;
 
-    assert(device->worker != NULL && !queue->started);
-    assert_parked(device);
-    if (queue->shared->start_number == setup->start_number) {
-        found.position = queue->shared->position;
-        rc = vhd_ring_init_resumed(&queue->ring, table_of(device), &found, queue->shared->push);
-        if (rc == 0)
-            rc = start(device, queue, &found);
-    } else {
-        rc = vhd_ring_start(device, index, setup);
-    }
-    if (rc != 0)
-        return rc;
-    /* What was given back last may not have been marked for the migration either. */
-    vhd_ring_log_all_used(&queue->ring);
-    vhd_queue_call_unasked(queue);
-    if (queue->shared->fault != VHD_FAULT_NONE)
-        vhd_queue_signal_fault(device, queue);
-    return 0;
+    if (shared->start_number != setup->start_number)
+        return begin(device, index, setup, VHD_OPENING_AFTER);
+    found.position = shared->position;
+    return begin(device, index, &found, VHD_OPENING_RESUMED);
 }
 
 void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled)
@@ -322,6 +313,8 @@ void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position 
         return;
     *position = vhd_queue_position(queue);
     queue->started = queue->enabled = queue->look = false;
+    queue->opening = VHD_OPENING_NONE;
+    queue->owed &= VHD_OWED_CALL; /* the driver waits for it, perhaps, when the ring starts again */
     queue->shared->started = queue->shared->enabled = 0;
     vhd_queue_unwatch(device, queue);
     pthread_mutex_lock(&device->lock);

@@ -2,10 +2,8 @@
  *
  * A guest's fault stops this ring until its next start and nothing else. Must not know layouts,
  * nor what a handler does. */
-#include <poll.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <unistd.h>
 
 #include "barrier.h"
 #include "vhd.h"
@@ -15,39 +13,30 @@ static void count(uint64_t *counter, uint64_t by)
     __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
 }
 
-/* Whether 1 can be added to an eventfd of the VMM without blocking: its counter may be full, and
- * whether it blocks is the VMM's choice, since the setting is shared with it. */
-static bool has_room(int fd)
+void vhd_queue_call_unasked(struct vhd_device *device, struct vhd_queue *queue)
 {
-    struct pollfd writable = {.fd = fd, .events = POLLOUT};
-
-    return poll(&writable, 1, 0) == 1 && (writable.revents & POLLOUT);
-}
-
-static void add_one(int fd)
-{
-    uint64_t one = 1;
-    ssize_t rc = write(fd, &one, sizeof one);
-
-    (void)rc; /* full since we looked: then whoever waits for it is awake */
-}
-
-void vhd_queue_call_unasked(struct vhd_queue *queue)
-{
+    queue->owed &= ~(uint32_t)VHD_OWED_CALL;
     if (queue->call_fd < 0)
         return;
-    if (!has_room(queue->call_fd)) {
-        count(&queue->shared->calls_dropped, 1);
-        return;
-    }
     count(&queue->shared->calls, 1); /* before: who is woken by it may look at once */
-    add_one(queue->call_fd);
+    switch (vhd_worker_signal(device->worker, queue->call_fd)) {
+    case VHD_SIGNAL_SENT:
+        return;
+    case VHD_SIGNAL_FULL:
+        count(&queue->shared->calls_dropped, 1);
+        break;
+    case VHD_SIGNAL_INTERRUPTED:
+        queue->owed |= VHD_OWED_CALL;
+        queue->look = true;
+        break;
+    }
+    count(&queue->shared->calls, UINT64_MAX);
 }
 
-void vhd_queue_call(struct vhd_queue *queue)
+void vhd_queue_call(struct vhd_device *device, struct vhd_queue *queue)
 {
     if (vhd_ring_should_call(&queue->ring))
-        vhd_queue_call_unasked(queue);
+        vhd_queue_call_unasked(device, queue);
 }
 
 /* The driver knows of a given back chain before the position says so. A successor finds out at the
@@ -127,14 +116,23 @@ void vhd_queue_kicked(struct vhd_queue *queue)
     count(&queue->shared->kicks, 1);
 }
 
+static void signal_err(struct vhd_device *device, struct vhd_queue *queue)
+{
+    queue->owed &= ~(uint32_t)VHD_OWED_ERR;
+    if (queue->err_fd >= 0 &&
+        vhd_worker_signal(device->worker, queue->err_fd) == VHD_SIGNAL_INTERRUPTED) {
+        queue->owed |= VHD_OWED_ERR;
+        queue->look = true;
+    }
+}
+
 void vhd_queue_signal_fault(struct vhd_device *device, struct vhd_queue *queue)
 {
-    if (queue->err_fd >= 0 && has_room(queue->err_fd))
-        add_one(queue->err_fd);
+    signal_err(device, queue);
     vhd_device_raise(device, VHD_EVENT_FAULT);
 }
 
-static void quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault)
+void vhd_queue_quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault)
 {
     queue->shared->fault = (uint8_t)fault;
     count(&queue->shared->faults, 1);
@@ -226,7 +224,7 @@ static int serve_one(struct turn *turn)
         count(&queue->shared->rejected, 1);
     vhd_queue_give_back(queue, turn->walk->id, turn->walk->slots, 0);
     vhd_queue_publish_position(queue);
-    vhd_queue_call(queue);
+    vhd_queue_call(turn->device, queue);
     return 1;
 }
 
@@ -257,14 +255,24 @@ static void take_turn(void *argument)
     }
 }
 
+/* What an interrupted turn left to be told. */
+static void pay(struct vhd_device *device, struct vhd_queue *queue)
+{
+    if (queue->owed & VHD_OWED_CALL)
+        vhd_queue_call_unasked(device, queue);
+    if (queue->owed & VHD_OWED_ERR)
+        signal_err(device, queue);
+}
+
 static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, struct vhd_walk *walk)
 {
     struct turn turn = {.device = device, .queue = queue, .walk = walk};
     uint64_t errors = device->balloon.counters->discard_errors;
 
+    pay(device, queue);
     if (!queue->started || !queue->enabled || queue->handler == VHD_HANDLER_NONE ||
         queue->shared->fault != VHD_FAULT_NONE) {
-        queue->look = false;
+        queue->look = queue->owed != 0;
         return;
     }
     if (!vhd_sigbus_guard(take_turn, &turn))
@@ -274,7 +282,7 @@ static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, stru
             queue->ring.position.next_avail = turn.before.next_avail;
             queue->ring.position.avail_wrap = turn.before.avail_wrap;
         }
-        quarantine(device, queue, turn.fault);
+        vhd_queue_quarantine(device, queue, turn.fault);
     }
     if (device->balloon.counters->discard_errors != errors)
         vhd_device_raise(device, VHD_EVENT_HOST_ERROR);
@@ -319,7 +327,7 @@ static void deliver(void *argument)
         any = true;
     }
     if (any) {
-        vhd_queue_call(delivery->queue);
+        vhd_queue_call(delivery->device, delivery->queue);
         delivery->queue->look = true; /* there is room again */
     }
 }
@@ -333,7 +341,7 @@ void vhd_queue_deliver(struct vhd_device *device, struct vhd_queue *queue)
     if (!vhd_sigbus_guard(deliver, &delivery))
         delivery.fault = VHD_FAULT_SIGBUS;
     if (delivery.fault != VHD_FAULT_NONE)
-        quarantine(device, queue, delivery.fault);
+        vhd_queue_quarantine(device, queue, delivery.fault);
 }
 
 void vhd_device_serve_mail(struct vhd_device *device)

@@ -63,13 +63,6 @@ static bool size_is_legal(uint32_t size, bool packed)
     return packed || (size & (size - 1)) == 0;
 }
 
-static void load_used_idx(void *argument)
-{
-    struct vhd_ring *ring = argument;
-
-    ring->position.next_used = vhd_load16(ring->used + 2);
-}
-
 int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
                   const struct vhd_ring_setup *setup)
 {
@@ -89,41 +82,29 @@ int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
     ring->used_addr = setup->used_addr;
     ring->log_addr = setup->log_addr;
     ring->position = position;
-    int rc = vhd_ring_translate(ring, table);
-    if (rc != 0 || packed)
-        return rc;
+    return vhd_ring_translate(ring, table);
+}
+
+void vhd_ring_open(struct vhd_ring *ring)
+{
     /* A split ring says itself what was given back (vhost-user, "Ring states"); the VMM's base is
      * only where to go on taking. */
-    return vhd_sigbus_guard(load_used_idx, ring) ? 0 : -EFAULT;
+    if (!(ring->features & VHD_RING_PACKED))
+        ring->position.next_used = vhd_load16(ring->used + 2);
 }
 
-struct catching_up {
-    struct vhd_ring *ring;
-    struct vhd_ring_push push;
-};
-
-static void catch_up(void *argument)
+void vhd_ring_open_resumed(struct vhd_ring *ring, struct vhd_ring_push push)
 {
-    const struct catching_up *catching_up = argument;
+    uint16_t ahead = (uint16_t)(ring->position.next_avail - ring->position.next_used);
 
-    vhd_packed_catch_up(catching_up->ring, catching_up->push);
-}
-
-int vhd_ring_init_resumed(struct vhd_ring *ring, const struct vhd_table *table,
-                          const struct vhd_ring_setup *setup, struct vhd_ring_push push)
-{
-    struct catching_up catching_up = {ring, push};
-    uint16_t ahead = (uint16_t)(setup->position.next_avail - setup->position.next_used);
-    int rc = vhd_ring_init(ring, table, setup);
-
-    if (rc != 0)
-        return rc;
-    if (ring->features & VHD_RING_PACKED)
-        return vhd_sigbus_guard(catch_up, &catching_up) ? 0 : -EFAULT;
+    if (ring->features & VHD_RING_PACKED) {
+        vhd_packed_catch_up(ring, push);
+        return;
+    }
+    vhd_ring_open(ring);
     /* Chains are given back in ring order, so what is not in the used ring is owed. The two indexes
      * rise together; they differ if the VMM's base was not where the used ring ended. */
     ring->position.next_avail = (uint16_t)(ring->position.next_used + ahead);
-    return 0;
 }
 
 int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)

@@ -6,6 +6,7 @@
  *   shared.c         what a device leaves to the process after this one.
  *   reply.c          a request taken and answered once, whoever is killed when.
  *   device.c         one connection's queues, config bytes and events: their life.
+ *   opening.c        a started ring's first turn, where guest memory is touched first.
  *   queue.c          one turn of one ring, fairness, quarantine.   handed.c  chains through Python.
  *   ring.c           starting, stopping and the choice of layout; ring_split.c, ring_packed.c the
  *                    two layouts; chain.c the descriptor walk both share.
@@ -16,6 +17,7 @@
  *   flush.c          pmem requests: one sync answers many.   image.c  the file: syncs, page cache.
  *   memfd.c          what outlives us, made or taken over.
  *   dirty_log.c      the migration log.   sigbus.c   survives a truncated memory file.
+ *   interrupt.c      a wait for the VMM that parking ends.
  *
  * Rules: guest memory is read once into a local with the loads of barrier.h, then checked, then
  * used. No allocation on the ring path. Nothing here trusts a byte that came from a ring.
@@ -27,6 +29,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -115,14 +118,15 @@ void vhd_ring_log_used(struct vhd_ring *ring, uint64_t offset, uint64_t size);
 /* All of it, wherever the layout has it. */
 void vhd_ring_log_all_used(struct vhd_ring *ring);
 
-/* Check sizes, alignment, overlap; translate. -EINVAL, -EFAULT as vhd_ring_start(). Split rings
- * take position.next_used from used.idx in guest memory. */
+/* Check sizes, alignment, overlap; translate. -EINVAL, -EFAULT as vhd_ring_start(). Guest memory is
+ * not touched, so the ring is to be opened before its first use. */
 int vhd_ring_init(struct vhd_ring *ring, const struct vhd_table *table,
                   const struct vhd_ring_setup *setup);
-/* The same for a ring that a predecessor served: setup's position is the last one it stored, push
- * what it announced last. */
-int vhd_ring_init_resumed(struct vhd_ring *ring, const struct vhd_table *table,
-                          const struct vhd_ring_setup *setup, struct vhd_ring_push push);
+/* Split rings take position.next_used from used.idx. */
+void vhd_ring_open(struct vhd_ring *ring);
+/* The same for a ring that a predecessor served: its position is the last one that was stored, push
+ * what was announced last. */
+void vhd_ring_open_resumed(struct vhd_ring *ring, struct vhd_ring_push push);
 /* Translate the three parts again after the table changed. -EFAULT leaves the ring unchanged. */
 int vhd_ring_translate(struct vhd_ring *ring, const struct vhd_table *table);
 /* 1: walk holds the next chain; 0: nothing available; negative: -(enum vhd_fault), ring unchanged
@@ -146,6 +150,18 @@ bool vhd_ring_kicks_on(struct vhd_ring *ring);
 /* Runs body(argument) so that SIGBUS inside it returns false instead of killing the process.
  * Any thread; not nested. Installs the handler once per process. */
 bool vhd_sigbus_guard(void (*body)(void *argument), void *argument);
+
+/* -- interrupt.c ------------------------------------------------------------------------------ */
+
+enum vhd_signalled { VHD_SIGNAL_SENT, VHD_SIGNAL_FULL, VHD_SIGNAL_INTERRUPTED };
+
+/* Let the thread that is to be started with this mask be interrupted. */
+void vhd_interrupt_unmask(sigset_t *blocked);
+/* End the thread's wait, if it is in one; it was asked to park or stop before. */
+void vhd_interrupt_send(pthread_t thread, const _Atomic bool *waiting);
+/* Add 1 to an eventfd of the VMM's; the worker's own thread. INTERRUPTED: do it again later. */
+enum vhd_signalled vhd_interruptible_signal(struct vhd_worker *worker, _Atomic bool *waiting,
+                                            int fd);
 
 /* -- discard.c -------------------------------------------------------------------------------- */
 
@@ -201,6 +217,17 @@ struct vhd_handed_chain {
     uint8_t bytes[VHD_CONTROL_READABLE_MAX];
 };
 
+/* How a started ring begins on the worker's thread; see opening.c. */
+enum vhd_opening {
+    VHD_OPENING_NONE,    /* it has, or is not started */
+    VHD_OPENING_NEW,     /* where the VMM says */
+    VHD_OPENING_AFTER,   /* the same, but a predecessor may have served an earlier start of it */
+    VHD_OPENING_RESUMED, /* where a predecessor left it */
+};
+
+/* What the VMM is to be told as soon as the worker runs again: interrupt.c */
+enum { VHD_OWED_CALL = 1, VHD_OWED_ERR = 2 };
+
 struct vhd_queue {
     struct vhd_ring ring;
     uint32_t index;
@@ -208,6 +235,9 @@ struct vhd_queue {
     bool started;
     bool enabled;
     bool look; /* something may be available */
+    enum vhd_opening opening;
+    uint32_t owed;         /* VHD_OWED_ bits */
+    uint64_t start_number; /* as in vhd_ring_setup */
     int kick_fd, call_fd, err_fd;
     struct vhd_ring_shared *shared;
     /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows, or on a ring of
@@ -264,6 +294,10 @@ void vhd_worker_notify(struct vhd_worker *worker);
 int vhd_worker_add(struct vhd_worker *worker, struct vhd_device *device);
 void vhd_worker_remove(struct vhd_worker *worker, struct vhd_device *device);
 struct vhd_device *vhd_worker_device(struct vhd_worker *worker, uint32_t slot); /* or NULL */
+/* A ring was started; the worker opens it before it serves or parks again. */
+void vhd_worker_open_later(struct vhd_worker *worker);
+/* Add 1 to an eventfd of the VMM's. The worker's own thread. */
+enum vhd_signalled vhd_worker_signal(struct vhd_worker *worker, int fd);
 /* The worker's own thread: between these two it touches neither rings nor devices and counts as
  * parked. After return() every device may be another, or gone. */
 void vhd_worker_leave(struct vhd_worker *worker);
@@ -277,15 +311,19 @@ bool vhd_device_serve_rings(struct vhd_device *device, struct vhd_walk *walk);
 /* Sync for what waits for it on one ring; true when it did, and the device may be gone. */
 bool vhd_device_flush(struct vhd_worker *worker, struct vhd_device *device);
 
+/* opening.c, called by the worker: the rings that were started since it was last called. */
+void vhd_device_open_rings(struct vhd_device *device);
+
 /* queue.c: the kick is watched from start to stop, -errno; listened to only while served. */
 int vhd_queue_watch(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_unwatch(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_listen(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_kicked(struct vhd_queue *queue);
 /* Interrupt the driver if it wants to be; in any case. */
-void vhd_queue_call(struct vhd_queue *queue);
-void vhd_queue_call_unasked(struct vhd_queue *queue);
-/* Tell the VMM that the ring is broken. */
+void vhd_queue_call(struct vhd_device *device, struct vhd_queue *queue);
+void vhd_queue_call_unasked(struct vhd_device *device, struct vhd_queue *queue);
+/* Serve the ring no more until its next start, and tell the VMM; or only tell it. */
+void vhd_queue_quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault);
 void vhd_queue_signal_fault(struct vhd_device *device, struct vhd_queue *queue);
 /* The position is to be published once the chain is no longer counted as ours. */
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written);

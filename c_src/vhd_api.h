@@ -307,13 +307,16 @@ struct vhd_ring_setup {
 };
 
 /* -EINVAL: size not legal; -EFAULT: a part is unaligned, outside one region, or overlaps another
- * part; else what mmap(2) and epoll_ctl(2) say. The device must be attached. The ring is looked at
- * once as soon as it is enabled. [parked] */
+ * part; else what mmap(2) and epoll_ctl(2) say. The device must be attached. The worker opens the
+ * ring when it runs again, and before it parks again: what must be read from guest memory it reads
+ * then, and quarantines the ring where that is gone. The ring is looked at once as soon as it is
+ * enabled. [parked] */
 int vhd_ring_start(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup);
 /* As vhd_ring_start(), on an adopted device. If the predecessor started the ring with the same
  * start_number (and even if it stopped it since), where it stands is found out, chains not given
  * back come again, and a quarantine stays; otherwise it starts at setup's position. Either way the
- * driver is interrupted once: the predecessor may have died before it did. [parked] */
+ * driver is interrupted once: the predecessor may have died before it did. What vhd_ring_shared
+ * says is of this start as soon as the worker has opened the ring. [parked] */
 int vhd_ring_resume(vhd_device *device, uint32_t index, const struct vhd_ring_setup *setup);
 /* Nothing for a ring that is not started. [parked] */
 void vhd_ring_enable(vhd_device *device, uint32_t index, int enabled);

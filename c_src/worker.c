@@ -25,6 +25,8 @@ struct vhd_worker {
     pthread_mutex_t lock; /* parking alone */
     pthread_cond_t unparked;
     _Atomic uint64_t rounds;
+    _Atomic bool waiting;                        /* for the VMM; see interrupt.c */
+    bool openings;                               /* rings wait to be opened */
     struct vhd_device *devices[VHD_DEVICES_MAX]; /* changed only while parked */
     struct vhd_walk walk;
 };
@@ -59,9 +61,8 @@ void vhd_worker_rewatch(struct vhd_worker *worker, int fd, uint32_t events, uint
 
 void vhd_worker_unwatch(struct vhd_worker *worker, int fd)
 {
-    int rc = control(worker, EPOLL_CTL_DEL, fd, 0, 0);
-    assert(rc == 0);
-    (void)rc;
+    /* Whoever closed it already has taken it out with that. */
+    (void)control(worker, EPOLL_CTL_DEL, fd, 0, 0);
 }
 
 static void add_one(int event_fd)
@@ -85,6 +86,11 @@ void vhd_worker_notify(struct vhd_worker *worker)
     add_one(worker->notify_fd);
 }
 
+enum vhd_signalled vhd_worker_signal(struct vhd_worker *worker, int fd)
+{
+    return vhd_interruptible_signal(worker, &worker->waiting, fd);
+}
+
 bool vhd_worker_wants_park(const struct vhd_worker *worker)
 {
     return atomic_load_explicit(&worker->park_wanted, memory_order_relaxed) ||
@@ -93,10 +99,33 @@ bool vhd_worker_wants_park(const struct vhd_worker *worker)
 
 /* -- the thread ------------------------------------------------------------------------------- */
 
+void vhd_worker_open_later(struct vhd_worker *worker)
+{
+    worker->openings = true;
+}
+
+/* Before anything else is done with a ring that was started, its stop included. */
+static void open_rings(struct vhd_worker *worker)
+{
+    if (!worker->openings)
+        return;
+    worker->openings = false;
+    for (uint32_t slot = 0; slot < VHD_DEVICES_MAX; slot++)
+        if (worker->devices[slot] != NULL)
+            vhd_device_open_rings(worker->devices[slot]);
+}
+
 static void stay_parked(struct vhd_worker *worker)
 {
     pthread_mutex_lock(&worker->lock);
     while (atomic_load(&worker->park_wanted) && !atomic_load(&worker->stop)) {
+        if (!atomic_load(&worker->parked) && worker->openings) {
+            /* It may take long, and is ours alone: whoever parks us waits until we say so. */
+            pthread_mutex_unlock(&worker->lock);
+            open_rings(worker);
+            pthread_mutex_lock(&worker->lock);
+            continue;
+        }
         /* Release: what this thread did to rings is seen by whoever sees it parked. Said in every
          * round, because it may be parked again before it woke from the last time. */
         atomic_store_explicit(&worker->parked, true, memory_order_release);
@@ -192,6 +221,7 @@ static void *run(void *argument)
             stay_parked(worker);
             continue;
         }
+        open_rings(worker);
         left = serve_rings(worker);
         if (vhd_worker_wants_park(worker) || flush(worker))
             continue;
@@ -217,6 +247,7 @@ static int start_thread(struct vhd_worker *worker)
     sigdelset(&blocked, SIGSEGV);
     sigdelset(&blocked, SIGFPE);
     sigdelset(&blocked, SIGILL);
+    vhd_interrupt_unmask(&blocked);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
     rc = pthread_create(&worker->thread, NULL, run, worker);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -283,6 +314,7 @@ void vhd_worker_destroy(vhd_worker *worker)
     pthread_cond_signal(&worker->unparked);
     pthread_mutex_unlock(&worker->lock);
     vhd_worker_wake(worker);
+    vhd_interrupt_send(worker->thread, &worker->waiting);
     pthread_join(worker->thread, NULL);
     close_fds(worker);
     pthread_cond_destroy(&worker->unparked);
@@ -303,6 +335,7 @@ void vhd_worker_park(vhd_worker *worker)
         atomic_store_explicit(&worker->parked, true, memory_order_release);
     pthread_mutex_unlock(&worker->lock);
     vhd_worker_wake(worker);
+    vhd_interrupt_send(worker->thread, &worker->waiting);
 }
 
 int vhd_worker_parked(const vhd_worker *worker)

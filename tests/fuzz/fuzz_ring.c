@@ -298,6 +298,7 @@ static bool start(struct state *state, struct input *input)
     setup.features |= mode & 0x10 ? VHD_RING_LOG_USED : 0;
     if (vhd_ring_init(&state->ring, &table, &setup) != 0)
         return false;
+    vhd_ring_open(&state->ring);
     state->ring.log = mode & 0x10 ? dirty_log : NULL;
     return true;
 }

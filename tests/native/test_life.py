@@ -84,7 +84,7 @@ def test_only_memory_files_are_mapped(kind: str) -> None:
     readable = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
     fd, code = {
         "empty": (memory, errno.ENODATA),
-        "pipe": (first, errno.EINVAL),
+        "pipe": (first, errno.EACCES),
         "read-only": (readable, errno.EACCES),
     }[kind]
     with pytest.raises(OSError, match="guest memory") as refused:

@@ -47,6 +47,13 @@ def test_what_the_c_tests_claim_is_true(name: str, tmp_path: Path) -> None:
     run(build(tmp_path / name, Path(__file__).parent / "c" / f"{name}.c"))
 
 
+def test_a_wait_for_the_vmm_ends_with_parking(tmp_path: Path) -> None:
+    program = tmp_path / "interrupt"
+    source = Path(__file__).parent / "c" / "test_interrupt.c"
+    run("gcc", *FLAGS, f"-I{ROOT / 'c_src'}", "-o", program, source)
+    run(program)
+
+
 @pytest.mark.parametrize("target", ["ring", "balloon"])
 def test_no_input_of_the_corpus_breaks_the_core(target: str, tmp_path: Path) -> None:
     program = build(tmp_path / target, FUZZ / f"fuzz_{target}.c", FUZZ / "replay.c")

@@ -359,3 +359,27 @@ def test_a_stopped_ring_is_not_served(host: Host) -> None:
         with host.parked():
             assert guest.device.ring_statistics(0).chains == 0
         assert drain(ring.driver.call_fd) == 0
+
+
+def test_a_ring_starts_before_anybody_touches_guest_memory(host: Host) -> None:
+    """Python only says where it lies; a page that is gone is the worker's to meet."""
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.INFLATE, start=False)
+        os.ftruncate(guest.memory.fd, 0)
+        ring.start()
+        host.wait_event(guest.device, Event.FAULT)
+        assert ring.statistics().fault is Fault.SIGBUS
+        assert ring.driver.wait_err()
+        assert ring.stop() == RingPosition()
+
+
+def test_a_ring_stopped_at_once_stands_where_its_used_ring_ends(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.DEFLATE)
+        ring.send_pfns(pages_at(DATA_ADDR, 1))
+        position = ring.stop()
+        with host.parked():
+            guest.device.start_ring(0, ring.setup(RingPosition(next_avail=position.next_avail)))
+        assert ring.stop() == position
+        ring.start(position)
+        ring.send_pfns(pages_at(DATA_ADDR, 1))

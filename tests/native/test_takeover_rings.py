@@ -28,11 +28,11 @@ from vhostd._native import (
 from vhostd._native._core import ffi
 
 from tests.fakes.driver import Buffer, Queue, Used
-from tests.fakes.eventfd import drain
-from tests.fakes.memory import PAGE_SIZE, open_memfd
+from tests.fakes.eventfd import drain, wait_readable
+from tests.fakes.memory import PAGE_SIZE, GuestMemory, open_memfd
 from tests.fakes.packed import EVENT_DISABLE, PackedQueue
 from tests.fakes.split import USED_NO_NOTIFY, SplitQueue
-from tests.native.rig import CONFIG_WRITABLE, Host, Layout, regions
+from tests.native.rig import CONFIG_WRITABLE, DATA_ADDR, PATIENCE_S, Guest, Host, Layout, regions
 from tests.native.takeover_life import Life, Variant
 from tests.native.takeover_sweep import called
 
@@ -80,7 +80,9 @@ class Stage:
         with self.host.parked():
             device.set_regions(regions(self.life.memory, self.mapping))
             device.set_log(log, False)
-            self.found = device.resume_ring(0, setup or self.setup)
+            device.resume_ring(0, setup or self.setup)
+        with self.host.parked():  # the worker opened it in between
+            self.found = device.ring_statistics(0).position
             device.enable_ring(0, True)
         try:
             yield device
@@ -303,6 +305,7 @@ def test_the_driver_is_interrupted_whatever_it_said_about_that(stage: Stage) -> 
     stage.driver.set_interrupts(False)
     drain(stage.driver.call_fd)
     with stage.served():
+        assert wait_readable(stage.driver.call_fd, PATIENCE_S)
         assert drain(stage.driver.call_fd) == 1
         assert stage.life.origin.ring_statistics(0).calls >= 1
 
@@ -364,5 +367,23 @@ def test_a_migration_copies_the_used_part_again(stage: Stage) -> None:
         bits = int.from_bytes(os.pread(log_fd, PAGE_SIZE, 0), "little")
         for part in (parts.used, *([parts.desc] if packed else [])):
             assert bits >> part // PAGE_SIZE & 1
+    log.close()
+    os.close(log_fd)
+
+
+@pytest.mark.parametrize("what", ["the log", "guest memory"])
+def test_a_file_that_was_truncated_costs_the_ring_alone(stage: Stage, what: str) -> None:
+    """The VMM can do it at any time, and the next process must not die of it as this one."""
+    stage.move_to(1)
+    log_fd = open_memfd(PAGE_SIZE)
+    log = Log(log_fd, PAGE_SIZE, 0)
+    os.ftruncate(log_fd if what == "the log" else stage.life.memory.fd, 0)
+    features = stage.setup.features | RingFeature.LOG_USED
+    with stage.served(replace(stage.setup, features=features), log) as device:
+        stage.host.wait_event(device, Event.FAULT)
+        assert device.ring_statistics(0).fault is Fault.SIGBUS
+        assert stage.driver.wait_err()
+    with Guest.on(stage.host, GuestMemory.flat()) as other:
+        other.ring(Handler.DEFLATE).send_pfns([DATA_ADDR // PAGE_SIZE])
     log.close()
     os.close(log_fd)

@@ -217,27 +217,27 @@ class Device:
     def start_ring(self, index: int, setup: RingSetup) -> None:
         """Start a stopped ring, disabled. Parked.
 
+        The worker reads the rest from guest memory when it runs again, and before it parks again;
+        where that memory is gone the ring is quarantined (Fault.SIGBUS).
+
         Raises:
             OSError: EINVAL its size is not legal; EFAULT a part is misaligned, overlaps another
                 or does not lie in one region; ENOMEM.
         """
         check(lib.vhd_ring_start(self._handle, index, _raw_setup(setup)), f"ring {index}")
 
-    def resume_ring(self, index: int, setup: RingSetup) -> RingPosition:
+    def resume_ring(self, index: int, setup: RingSetup) -> None:
         """Start a ring of an adopted device, disabled, where the predecessor left it. Parked.
 
         Where that is it finds out itself if setup.start_number is that of the predecessor's last
         start, even if it was stopped since; otherwise it starts at setup.position. The driver is
-        interrupted once. A ring in quarantine stays there.
-
-        Returns:
-            Where it stands: chains from there on come, some perhaps again.
+        interrupted once. A ring in quarantine stays there. Where it stands, ring_statistics() tells
+        once the worker was parked again: chains from there on come, some perhaps again.
 
         Raises:
             OSError: as start_ring().
         """
         check(lib.vhd_ring_resume(self._handle, index, _raw_setup(setup)), f"ring {index}")
-        return _position(self._shared.rings[index].position)
 
     def enable_ring(self, index: int, enabled: bool) -> None:
         """Serve a started ring, or not; it is looked at once without a kick. Parked."""

@@ -118,8 +118,8 @@ class Rings:
         self._handlers[index] = _native.Handler.NONE
         native = self._native_setup(setup, kick, setup.position)
         with _refusing(f"ring {index}"):
-            position = self._device.resume_ring(index, native)
-        self._setups[index] = replace(native, position=position)
+            self._device.resume_ring(index, native)
+        self._setups[index] = native
         self.started.add(index)
 
     def restart(self, setup: RingSetup, kick: OwnedFd | None) -> None:

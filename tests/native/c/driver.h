@@ -112,6 +112,7 @@ static inline void driver_start(struct driver *driver, uint32_t size, uint32_t f
         put(driver, USED + 2, index, 2);
     }
     CHECK(vhd_ring_init(&driver->ring, &driver->table, &setup) == 0);
+    vhd_ring_open(&driver->ring);
 }
 
 /* A descriptor of a split ring or of an indirect table; packed tables have the flags last. */
