@@ -224,6 +224,7 @@ static int start(struct vhd_device *device, struct vhd_queue *queue,
     }
     queue->ring.log = device->log;
     queue->handler = setup->handler;
+    queue->call_missed = false;
     queue->call_fd = setup->call_fd;
     queue->err_fd = setup->err_fd;
     queue->started = true;
@@ -294,7 +295,7 @@ void vhd_ring_set_handler(vhd_device *device, uint32_t index, uint32_t handler)
 void vhd_ring_set_call(vhd_device *device, uint32_t index, int fd)
 {
     assert_parked(device);
-    queue_at(device, index)->call_fd = fd;
+    vhd_queue_set_call(queue_at(device, index), fd);
 }
 
 void vhd_ring_set_err(vhd_device *device, uint32_t index, int fd)

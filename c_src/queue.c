@@ -16,7 +16,8 @@ static void count(uint64_t *counter, uint64_t by)
 void vhd_queue_call_unasked(struct vhd_device *device, struct vhd_queue *queue)
 {
     queue->owed &= ~(uint32_t)VHD_OWED_CALL;
-    if (queue->call_fd < 0)
+    queue->call_missed = queue->call_fd < 0;
+    if (queue->call_missed)
         return;
     count(&queue->shared->calls, 1); /* before: who is woken by it may look at once */
     switch (vhd_worker_signal(device->worker, queue->call_fd)) {
@@ -31,6 +32,16 @@ void vhd_queue_call_unasked(struct vhd_device *device, struct vhd_queue *queue)
         break;
     }
     count(&queue->shared->calls, UINT64_MAX);
+}
+
+void vhd_queue_set_call(struct vhd_queue *queue, int fd)
+{
+    queue->call_fd = fd;
+    if (fd < 0 || !queue->call_missed)
+        return;
+    queue->call_missed = false;
+    queue->owed |= VHD_OWED_CALL;
+    queue->look = true;
 }
 
 void vhd_queue_call(struct vhd_device *device, struct vhd_queue *queue)

@@ -239,6 +239,7 @@ struct vhd_queue {
     uint32_t owed;         /* VHD_OWED_ bits */
     uint64_t start_number; /* as in vhd_ring_setup */
     int kick_fd, call_fd, err_fd;
+    bool call_missed; /* it was due before SET_VRING_CALL came, which some send after the kick */
     struct vhd_ring_shared *shared;
     /* Chains [oldest, popped) are ours; of these [oldest, taken) Python knows, or on a ring of
      * flush.c are answered. Counted by token;
@@ -320,6 +321,7 @@ void vhd_queue_unwatch(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_listen(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_kicked(struct vhd_queue *queue);
 /* Interrupt the driver if it wants to be; in any case. */
+void vhd_queue_set_call(struct vhd_queue *queue, int fd);
 void vhd_queue_call(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_call_unasked(struct vhd_device *device, struct vhd_queue *queue);
 /* Serve the ring no more until its next start, and tell the VMM; or only tell it. */

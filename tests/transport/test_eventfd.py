@@ -10,7 +10,7 @@ import socket
 import pytest
 from vhostd.errors import FrontendError
 from vhostd.fds import OwnedFd
-from vhostd.transport.eventfd import check_eventfd, is_eventfd_link
+from vhostd.transport.eventfd import check_call, check_eventfd, is_eventfd_link
 
 
 def others() -> list[int]:
@@ -28,7 +28,8 @@ def others() -> list[int]:
         os.open("/proc/self/mem", os.O_RDWR),
         reader,
         terminal,
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach(),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach(),
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM).detach(),
         epoll,
     ]
 
@@ -42,9 +43,22 @@ def test_an_eventfd_is_one_and_stays_as_the_vmm_made_it(blocking: bool) -> None:
 
 
 def test_nothing_else_is() -> None:
-    for fd in others():
+    for fd in (*others(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach()):
         with OwnedFd(fd) as file, pytest.raises(FrontendError, match="kick is no eventfd"):
             check_eventfd(file, "kick")
+
+
+def test_a_call_may_be_a_stream_socket_too() -> None:
+    """As Linux' virtio_uml has it."""
+    for end in socket.socketpair():
+        with OwnedFd(end.detach()) as file:
+            check_call(file, "call")
+
+
+def test_a_call_is_nothing_else() -> None:
+    for fd in others():
+        with OwnedFd(fd) as file, pytest.raises(FrontendError, match="call is"):
+            check_call(file, "call")
 
 
 @pytest.mark.parametrize(

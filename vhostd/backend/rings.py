@@ -19,7 +19,7 @@ from vhostd.errors import FrontendError, HostError
 from vhostd.fds import OwnedFd
 from vhostd.protocol.features import VirtioFeature
 from vhostd.session.actions import RingPosition, RingSetup
-from vhostd.transport.eventfd import check_eventfd
+from vhostd.transport.eventfd import check_call, check_eventfd
 
 HANDLER_OF: Final = {
     Role.INFLATE: _native.Handler.INFLATE,
@@ -131,7 +131,8 @@ class Rings:
         index = setup.index
         eventfds = self._eventfds[index]
         old_setup, old_kick = self._setups[index], eventfds.kick
-        self._check(kick, "kick")
+        if kick is not None:
+            check_eventfd(kick, "kick")
         new_kick = kick or old_kick
         assert new_kick is not None, "a started ring has a kick"
         position = self._device.stop_ring(index)
@@ -165,12 +166,13 @@ class Rings:
         self._device.enable_ring(index, enabled)
 
     def set_call(self, index: int, file: OwnedFd | None) -> None:
-        """Use another call eventfd. Parked.
+        """Use another call, an eventfd or a socket. Parked.
 
         Raises:
-            FrontendError: it is no eventfd.
+            FrontendError: it is neither.
         """
-        self._check(file, "call")
+        if file is not None:
+            check_call(file, "call")
         self._device.set_call(index, _number(file))
         self._eventfds[index].call = _replaced(self._eventfds[index].call, file)
 
@@ -180,14 +182,10 @@ class Rings:
         Raises:
             FrontendError: it is no eventfd.
         """
-        self._check(file, "err")
+        if file is not None:
+            check_eventfd(file, "err")
         self._device.set_err(index, _number(file))
         self._eventfds[index].err = _replaced(self._eventfds[index].err, file)
-
-    @staticmethod
-    def _check(file: OwnedFd | None, what: str) -> None:
-        if file is not None:
-            check_eventfd(file, what)
 
     def assign(self, roles: Mapping[int, Role]) -> None:
         """Give every started ring whose role is known its handler. Parked."""

@@ -33,7 +33,7 @@ def accept(message: Message, acked: ProtocolFeature, payload: bytes = b"") -> Re
 
     Args:
         message: what is answered; its rule tells how.
-        acked: protocol features in force when it arrived.
+        acked: protocol features in force when it arrived; those it acknowledges count as well.
         payload: of the message's own reply; ignored for a message that has none.
     """
     rule = message.rule
@@ -54,9 +54,19 @@ def refuse(message: Message, acked: ProtocolFeature) -> Reply | None:
 
 
 def _acknowledge(message: Message, acked: ProtocolFeature, verdict: int) -> Reply | None:
-    if message.needs_reply and ProtocolFeature.REPLY_ACK in acked:
+    if message.needs_reply and ProtocolFeature.REPLY_ACK in acked | _acked_by(message):
         return reply(message, U64(verdict).pack())
     return None
+
+
+def _acked_by(message: Message) -> ProtocolFeature:
+    """Features that the message itself acknowledges: whoever asks with it for a verdict waits.
+
+    Linux' virtio_uml and rust-vmm's front end do so; libvhost-user and DPDK answer them.
+    """
+    if message.request != Request.SET_PROTOCOL_FEATURES or len(message.payload) not in U64.SIZES:
+        return ProtocolFeature(0)
+    return ProtocolFeature(U64.parse(message.payload).value)
 
 
 def _acknowledged_instead(message: Message, acked: ProtocolFeature) -> bool:

@@ -189,8 +189,11 @@ class MemoryRegion(Payload):
 class MemoryTable:
     """SET_MEM_TABLE: all regions at once.
 
+    There may be room for more regions than there are, as in virtio_uml's struct of two; what is
+    there is not looked at.
+
     Raises:
-        FrontendError: none, more than MEMORY_TABLE_REGIONS_MAX, or not as many as it claims.
+        FrontendError: none, more than MEMORY_TABLE_REGIONS_MAX, or fewer than it claims.
     """
 
     LAYOUT: ClassVar = Struct("=II")  # count, padding
@@ -208,9 +211,10 @@ class MemoryTable:
         if len(payload) not in cls.SIZES:
             raise FrontendError(f"memory table of {len(payload)} bytes")
         count, _padding = cls.LAYOUT.unpack_from(payload)
-        rows = payload[cls.LAYOUT.size :]
-        if count * MemoryRegion.LAYOUT.size != len(rows):
+        end = cls.LAYOUT.size + count * MemoryRegion.LAYOUT.size
+        if count == 0 or end > len(payload):
             raise FrontendError(f"memory table claims {count} regions in {len(payload)} bytes")
+        rows = payload[cls.LAYOUT.size : end]
         return cls(tuple(MemoryRegion(*row) for row in MemoryRegion.LAYOUT.iter_unpack(rows)))
 
 

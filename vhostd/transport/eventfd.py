@@ -1,8 +1,10 @@
-"""Is a descriptor an eventfd, as every kick, call and err must be? Must not know rings."""
+"""Is a descriptor one that a kick, call or err can be? Must not know rings."""
 
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from typing import Final
 
 from vhostd.errors import FrontendError
@@ -33,3 +35,23 @@ def check_eventfd(fd: OwnedFd, what: str) -> None:
     target = os.readlink(f"/proc/self/fd/{fd.fileno()}")  # noqa: PTH115 - a link to no path
     if not is_eventfd_link(target):
         raise FrontendError(f"{what} is no eventfd but {target}")
+
+
+def check_call(fd: OwnedFd, what: str) -> None:
+    """Make sure fd is an eventfd or a UNIX stream socket, to which 8 bytes can be written.
+
+    Linux' virtio_uml has a socket pair, because an eventfd raises no SIGIO.
+
+    Args:
+        fd: stays the caller's.
+        what: for the error, "call".
+
+    Raises:
+        FrontendError: it is something else.
+    """
+    if not stat.S_ISSOCK(os.fstat(fd.fileno()).st_mode):
+        check_eventfd(fd, what)
+        return
+    with socket.socket(fileno=os.dup(fd.fileno())) as found:
+        if (found.family, found.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise FrontendError(f"{what} is a socket, and no UNIX stream socket")
