@@ -49,10 +49,12 @@ int vhd_file_identify(int fd, struct vhd_file *file)
 {
     struct statx status;
 
-    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE | STATX_INO, &status) != 0)
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE | STATX_INO | STATX_SIZE,
+              &status) != 0)
         return -errno;
     file->device = makedev(status.stx_dev_major, status.stx_dev_minor);
     file->inode = status.stx_ino;
+    file->size = status.stx_size;
     file->mode = status.stx_mode;
     return 0;
 }

@@ -173,6 +173,7 @@ typedef struct vhd_mapping
 struct vhd_file {
     uint64_t device; /* st_dev */
     uint64_t inode;  /* st_ino */
+    uint64_t size;   /* st_size as the kernel has it: of a file that has no pages, 0 */
     uint32_t mode;   /* st_mode, the file's type alone */
 };
 int vhd_file_identify(int fd, struct vhd_file *file);

@@ -18,7 +18,17 @@ import struct
 import sys
 from dataclasses import dataclass
 
-from vhostd._native import Device, Event, Handler, Image, Mapping, Region, RingSetup, Worker
+from vhostd._native import (
+    BalloonFlag,
+    Device,
+    Event,
+    Handler,
+    Image,
+    Mapping,
+    Region,
+    RingSetup,
+    Worker,
+)
 
 WORKER_NAME = "heir"
 SUCCEED = b"s"
@@ -104,6 +114,7 @@ class Heir:
             len(estate.config_writable),
             estate.config_writable,
         )
+        self.device.balloon_configure(BalloonFlag.MAY_DISCARD)
         self._park()
         self.device.attach(self.worker)
         self.device.set_regions([Region(*region, mapping) for region in estate.regions])

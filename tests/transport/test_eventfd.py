@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import socket
+from pathlib import Path
 
 import pytest
 from vhostd.errors import FrontendError
@@ -59,6 +60,22 @@ def test_a_call_is_nothing_else() -> None:
     for fd in others():
         with OwnedFd(fd) as file, pytest.raises(FrontendError, match="call is"):
             check_call(file, "call")
+
+
+def test_a_call_is_no_connection_to_a_socket_with_a_name(tmp_path: Path) -> None:
+    """It may be the VMM's own end of its connection to us."""
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        listener.bind(str(tmp_path / "device.sock"))
+        listener.listen()
+        client.connect(str(tmp_path / "device.sock"))
+        server, _ = listener.accept()
+        for end in (client, server):
+            with OwnedFd(os.dup(end.fileno())) as file, pytest.raises(FrontendError, match="call"):
+                check_call(file, "call")
+        server.close()
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from vhostd._native.failure import check
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What a descriptor is of: st_dev, st_ino, and the type that st_mode holds."""
+    """What a descriptor is of: st_dev, st_ino, st_size (bytes), the type that st_mode holds."""
 
     device: int
     inode: int
+    size: int
     mode: int
 
 
@@ -26,7 +27,7 @@ def identify_file(fd: int) -> FileIdentity:
     """
     found = ffi.new("struct vhd_file *")
     check(lib.vhd_file_identify(fd, found), "file")
-    return FileIdentity(found.device, found.inode, found.mode)
+    return FileIdentity(found.device, found.inode, found.size, found.mode)
 
 
 class Mapping:

@@ -147,7 +147,7 @@ class MemoryRegistry:
         identity = (found.device, found.inode)
         if identity in self._images:
             return UnmappedRegion(identity, is_image=True)
-        if not stat.S_ISREG(found.mode):
+        if not stat.S_ISREG(found.mode) or found.size == 0:
             raise FrontendError("memory region: its descriptor is no memory file")
         file = self._files.get(identity)
         if file is None:

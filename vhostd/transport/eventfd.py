@@ -38,9 +38,11 @@ def check_eventfd(fd: OwnedFd, what: str) -> None:
 
 
 def check_call(fd: OwnedFd, what: str) -> None:
-    """Make sure fd is an eventfd or a UNIX stream socket, to which 8 bytes can be written.
+    """Make sure fd is an eventfd or an end of a UNIX socket pair, to which 8 bytes can be written.
 
-    Linux' virtio_uml has a socket pair, because an eventfd raises no SIGIO.
+    Linux' virtio_uml has a socket pair, because an eventfd raises no SIGIO. A connection to a
+    socket with a name is refused: it can be the VMM's end of its own connection to us. We would
+    keep that end open, and its hang-up would never be seen.
 
     Args:
         fd: stays the caller's.
@@ -55,3 +57,12 @@ def check_call(fd: OwnedFd, what: str) -> None:
     with socket.socket(fileno=os.dup(fd.fileno())) as found:
         if (found.family, found.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             raise FrontendError(f"{what} is a socket, and no UNIX stream socket")
+        if _has_name(found):
+            raise FrontendError(f"{what} is a connection to a named socket, and no socket pair")
+
+
+def _has_name(found: socket.socket) -> bool:
+    try:
+        return bool(found.getsockname() or found.getpeername())
+    except OSError:  # ENOTCONN: the other end is gone, or never was
+        return False
