@@ -170,6 +170,7 @@ static void discard_run(struct vhd_balloon *balloon, vhd_mapping *mapping, uint6
     uint64_t host = first / parts;
     uint64_t host_end = (first + length - 1) / parts + 1;
     uint64_t begin = UINT64_MAX; /* of the run of complete host pages, none yet */
+    uint64_t generation = *balloon->generation;
 
     if (parts == 1) {
         discard(balloon, mapping, first * VHD_GUEST_PAGE_SIZE, length * VHD_GUEST_PAGE_SIZE);
@@ -177,9 +178,9 @@ static void discard_run(struct vhd_balloon *balloon, vhd_mapping *mapping, uint6
     }
     for (; host <= host_end; host++) {
         bool listed = host * parts >= first && (host + 1) * parts <= first + length;
-        bool complete =
-            host < host_end && (host + 1) * mapping->page_size <= mapping->size &&
-            (listed || (may_combine && vhd_mapping_all_given_up(mapping, host * parts, parts)));
+        bool complete = host < host_end && (host + 1) * mapping->page_size <= mapping->size &&
+                        (listed || (may_combine && vhd_given_up_all(&mapping->given_up, generation,
+                                                                    host * parts, parts)));
 
         if (complete && begin == UINT64_MAX)
             begin = host;
@@ -247,7 +248,7 @@ int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *tab
             count(&counters->pfns_outside, 1);
             continue;
         }
-        if (vhd_mapping_give_up(page.mapping, page.index, true))
+        if (vhd_given_up_put(&page.mapping->given_up, *balloon->generation, page.index, true))
             count(&counters->inflated_pages, 1);
         else
             count(&counters->pfns_repeated, 1);
@@ -283,7 +284,7 @@ int vhd_balloon_deflate(struct vhd_balloon *balloon, const struct vhd_table *tab
 
         if (!locate(table, pfns[i], &last, &page))
             count(&counters->pfns_outside, 1);
-        else if (vhd_mapping_give_up(page.mapping, page.index, false))
+        else if (vhd_given_up_put(&page.mapping->given_up, *balloon->generation, page.index, false))
             count(&counters->inflated_pages, UINT64_MAX); /* one less */
         else
             count(&counters->pfns_repeated, 1);

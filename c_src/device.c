@@ -41,6 +41,7 @@ static vhd_device *make(int shared_fd, int reply_fd, uint32_t queue_count, uint3
     device->queue_count = queue_count;
     memcpy(device->config_writable, config_writable, config_size);
     device->balloon.counters = &device->shared->balloon;
+    device->balloon.generation = &device->shared->driver_generation;
     device->balloon.poison_val =
         (const uint32_t *)(device->shared->config + VHD_BALLOON_POISON_VAL);
     for (uint32_t i = 0; i < queue_count; i++) {
@@ -67,10 +68,8 @@ vhd_device *vhd_device_adopt(int shared_fd, int reply_fd, uint32_t queue_count,
     *error = -EBADF;
     if (shared_fd >= 0 && reply_fd >= 0)
         device = make(shared_fd, reply_fd, queue_count, config_size, config_writable, error);
-    if (device != NULL) {
+    if (device != NULL)
         device->events = VHD_EVENT_CONFIG;
-        device->recount = true;
-    }
     return device;
 }
 
@@ -246,6 +245,9 @@ static int begin(struct vhd_device *device, uint32_t index, const struct vhd_rin
     assert(device->worker != NULL && !queue->started);
     assert_parked(device);
     rc = vhd_ring_init(&queue->ring, table_of(device), setup);
+    /* Chains are numbered on from the start before; a ring that is resumed has its number. */
+    if (opening != VHD_OPENING_RESUMED)
+        queue->ring.position.number = queue->shared->position.number;
     if (rc == 0)
         rc = start(device, queue, setup, opening);
     if (rc == 0 && opening != VHD_OPENING_RESUMED)
@@ -336,7 +338,8 @@ void vhd_balloon_reset(vhd_device *device)
     const struct vhd_table *table = table_of(device);
 
     assert_parked(device);
+    device->shared->driver_generation = vhd_generation_after(device->shared->driver_generation);
     for (uint32_t i = 0; i < table->count; i++)
-        vhd_mapping_forget_given_up(table->regions[i].mapping);
+        vhd_given_up_forget(&table->regions[i].mapping->given_up);
     __atomic_store_n(&device->shared->balloon.inflated_pages, 0, __ATOMIC_RELAXED);
 }

@@ -65,7 +65,9 @@ int vhd_handed_put(struct vhd_device *device, struct vhd_queue *queue, const str
     entry->chain.readable_size =
         walk->readable_size > UINT32_MAX ? UINT32_MAX : (uint32_t)walk->readable_size;
     entry->before = before;
-    entry->chain.position = before.next_avail | (uint32_t)before.avail_wrap << 16;
+    entry->chain.position = before.number | (uint32_t)before.next_avail << 16;
+    if (queue->ring.features & VHD_RING_PACKED)
+        entry->chain.position |= (uint32_t)before.avail_wrap << 31;
     entry->id = walk->id;
     entry->slots = walk->slots;
     entry->completed = false;

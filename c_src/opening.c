@@ -22,6 +22,8 @@ static void publish(struct vhd_queue *queue)
 {
     if (queue->opening != VHD_OPENING_RESUMED)
         queue->shared->push = (struct vhd_ring_push){0, 0};
+    if (queue->shared->start_number != queue->start_number)
+        queue->shared->taken = 0;
     vhd_queue_publish_position(queue);
     vhd_fence_before_death();
     queue->shared->start_number = queue->start_number;

@@ -89,6 +89,7 @@ struct vhd_ring_position vhd_queue_position(const struct vhd_queue *queue)
 
         position.next_avail = oldest->before.next_avail;
         position.avail_wrap = oldest->before.avail_wrap;
+        position.number = oldest->before.number;
     }
     return position;
 }
@@ -221,6 +222,8 @@ static int serve_one(struct turn *turn)
     rc = vhd_ring_pop(&queue->ring, turn->walk, has_data_ranges(queue));
     if (rc <= 0)
         return rc;
+    queue->shared->taken = 1; /* before it changes anything */
+    vhd_fence_before_death();
     count(&queue->shared->chains, 1);
     if (hands_on(queue)) {
         rc = hand_on(turn->device, queue, turn->walk, turn->before);
@@ -292,6 +295,7 @@ static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, stru
         if (turn.taking) { /* the chain comes again when the ring starts again */
             queue->ring.position.next_avail = turn.before.next_avail;
             queue->ring.position.avail_wrap = turn.before.avail_wrap;
+            queue->ring.position.number = turn.before.number;
         }
         vhd_queue_quarantine(device, queue, turn.fault);
     }

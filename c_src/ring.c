@@ -96,6 +96,7 @@ void vhd_ring_open(struct vhd_ring *ring)
 void vhd_ring_open_resumed(struct vhd_ring *ring, struct vhd_ring_push push)
 {
     uint16_t ahead = (uint16_t)(ring->position.next_avail - ring->position.next_used);
+    uint16_t stored = ring->position.next_avail;
 
     if (ring->features & VHD_RING_PACKED) {
         vhd_packed_catch_up(ring, push);
@@ -105,6 +106,7 @@ void vhd_ring_open_resumed(struct vhd_ring *ring, struct vhd_ring_push push)
     /* Chains are given back in ring order, so what is not in the used ring is owed. The two indexes
      * rise together; they differ if the VMM's base was not where the used ring ended. */
     ring->position.next_avail = (uint16_t)(ring->position.next_used + ahead);
+    ring->position.number += (uint16_t)(ring->position.next_avail - stored);
 }
 
 int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)
@@ -117,6 +119,7 @@ int vhd_ring_pop(struct vhd_ring *ring, struct vhd_walk *walk, bool data_ranges)
     if (rc > 0) {
         ring->in_flight[walk->id / 64] |= 1ull << (walk->id % 64);
         ring->in_flight_count++;
+        ring->position.number++;
     }
     return rc;
 }

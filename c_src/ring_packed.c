@@ -128,6 +128,7 @@ void vhd_packed_catch_up(struct vhd_ring *ring, struct vhd_ring_push push)
         return;
     advance(ring, &position->next_used, &position->used_wrap, push.slots);
     advance(ring, &position->next_avail, &position->avail_wrap, push.slots);
+    position->number++;
 }
 
 bool vhd_packed_should_call(struct vhd_ring *ring)

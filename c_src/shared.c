@@ -4,7 +4,7 @@
 #include "vhd.h"
 
 /* The version rises with every change of struct vhd_shared, and of what its fields mean. */
-enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 3 };
+enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 4 };
 
 static void begin_shared(struct vhd_shared *shared, uint32_t queue_count, uint32_t config_size)
 {
@@ -12,6 +12,7 @@ static void begin_shared(struct vhd_shared *shared, uint32_t queue_count, uint32
     shared->config_size = config_size;
     for (uint32_t i = 0; i < VHD_QUEUES_MAX; i++)
         shared->rings[i].start_number = UINT64_MAX;
+    shared->driver_generation = vhd_generation_after(0);
     shared->version = SHARED_VERSION;
     vhd_fence_before_death();
     shared->magic = SHARED_MAGIC; /* last: who dies before has left nothing to take over */
@@ -58,12 +59,9 @@ void vhd_shared_close(struct vhd_device *device)
 
 void vhd_shared_recount(struct vhd_device *device, const struct vhd_table *table)
 {
-    bool wanted = device->recount && device->shared->balloon.inflate_pfns != 0;
     uint64_t pages = 0;
 
-    device->recount = false;
-    if (!wanted)
-        return; /* other devices than a balloon use the same files */
+    /* Other devices than a balloon use the same files: their generations gave up nothing. */
     for (uint32_t i = 0; i < table->count; i++) {
         const struct vhd_mapping *mapping = table->regions[i].mapping;
         uint32_t before = 0;
@@ -71,7 +69,7 @@ void vhd_shared_recount(struct vhd_device *device, const struct vhd_table *table
         while (table->regions[before].mapping != mapping)
             before++;
         if (before == i)
-            pages += vhd_mapping_given_up_pages(mapping);
+            pages += vhd_given_up_pages(&mapping->given_up, device->shared->driver_generation);
     }
     __atomic_store_n(&device->shared->balloon.inflated_pages, pages, __ATOMIC_RELAXED);
 }

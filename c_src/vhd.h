@@ -12,6 +12,7 @@
  *                    two layouts; chain.c the descriptor walk both share.
  *   guest_mem.c      guest range -> host pointer, checked; mapping.c the mapped files; backing.c
  *                    what kind of file they are.
+ *   given_up.c       which of their pages are in the balloon, of which generation of the driver.
  *   balloon.c        inflate, deflate, report: page numbers -> runs -> discards.
  *   discard.c        the one place that punches holes.   window.c  ranges plugged and unplugged.
  *   flush.c          pmem requests: one sync answers many.   image.c  the file: syncs, page cache.
@@ -173,6 +174,7 @@ int vhd_discard(const struct vhd_mapping *mapping, uint64_t offset, uint64_t siz
 struct vhd_balloon {
     _Atomic uint32_t flags;     /* VHD_BALLOON_ bits */
     const uint32_t *poison_val; /* of the config space, where the driver writes it; le32 */
+    const uint64_t *generation; /* of the driver, see vhd_shared */
     struct vhd_balloon_counters *counters;
     struct vhd_log *log; /* discards are writes for a migration; NULL = not logging */
 };
@@ -277,7 +279,6 @@ struct vhd_device {
     _Atomic bool socket_watched;
     _Atomic bool socket_hot, socket_reply_ack;
     struct vhd_reply reply;
-    bool recount; /* inflated_pages may be off by what the predecessor was doing */
 };
 
 enum { VHD_SOURCE_COMMAND, VHD_SOURCE_SOCKET, VHD_SOURCE_KICK };
@@ -353,7 +354,8 @@ void vhd_flush(struct vhd_worker *worker, struct vhd_device *device, uint32_t in
 int vhd_shared_open(struct vhd_device *device, int shared_fd, int reply_fd, uint32_t queue_count,
                     uint32_t config_size);
 void vhd_shared_close(struct vhd_device *device);
-/* Once after an adoption: the predecessor may have died between a bitmap's bit and the sum. */
+/* inflated_pages is what the bits say of the files in the table; called where the table changes. A
+ * file that left it took its pages along, and a predecessor may have died between bit and sum. */
 void vhd_shared_recount(struct vhd_device *device, const struct vhd_table *table);
 
 /* reply.c */

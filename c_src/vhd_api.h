@@ -89,7 +89,8 @@ struct vhd_ring_position {
     uint16_t next_used;
     uint8_t avail_wrap;
     uint8_t used_wrap;
-    uint16_t reserved;
+    uint16_t number; /* of the chain at next_avail: all of the ring are counted, whatever start they
+                        are of, and one that comes again keeps its own; modulo 2^16 */
 };
 
 /* The chain that is given back, or was last: told before the driver can see it (packed). */
@@ -105,6 +106,7 @@ struct vhd_ring_shared {
     uint8_t started;
     uint8_t enabled;
     uint8_t fault; /* enum vhd_fault; not 0 = quarantined */
+    uint8_t taken; /* a chain was taken since that start */
     struct vhd_ring_push push;
     uint64_t start_number;  /* of the start that the above is of; UINT64_MAX: never started */
     uint64_t kicks;         /* seen; several before we look are one */
@@ -117,7 +119,7 @@ struct vhd_ring_shared {
 };
 
 struct vhd_balloon_counters {
-    uint64_t inflated_pages; /* now in the balloon, by our own bitmap, 4 KiB each */
+    uint64_t inflated_pages; /* now in the balloon, by our own bitmaps of the table's files */
     uint64_t inflate_pfns;   /* ever listed by the guest */
     uint64_t deflate_pfns;
     uint64_t reported_size;  /* bytes ever reported free */
@@ -158,6 +160,9 @@ struct vhd_shared {
     uint8_t config[256];
     uint64_t config_reads; /* answered by the worker */
     uint64_t config_writes;
+    /* Of the driver: another one after each reset, on each connection. What is known of the pages a
+     * driver gave up stands beside its generation and is of no use to another one. */
+    uint64_t driver_generation;
     struct vhd_balloon_counters balloon;
     struct vhd_pmem_counters pmem;
     struct vhd_ring_shared rings[8];
@@ -181,8 +186,8 @@ int vhd_file_identify(int fd, struct vhd_file *file);
 /* Map all of fd's file. The fd is duplicated. *error gets -errno when NULL is returned:
  * -EOPNOTSUPP neither shmem (memfd, tmpfs) nor hugetlbfs, -EINVAL a mere path, -ENODATA empty file,
  * -EACCES not writable. given_up_fd: a predecessor's memfd of the same file's pages in the balloon,
- * duplicated, -EPROTO when it is none or of another size; -1 = a new one, nothing in the balloon.
- * [any] */
+ * with the generation that gave them up; duplicated, -EPROTO when it is none or of another size;
+ * -1 = a new one, nothing in the balloon. [any] */
 vhd_mapping *vhd_mapping_create(int fd, int given_up_fd, int *error);
 void vhd_mapping_destroy(vhd_mapping *mapping); /* no device may use it any more [any] */
 uint64_t vhd_mapping_size(const vhd_mapping *mapping);
@@ -298,7 +303,8 @@ struct vhd_ring_setup {
     uint64_t avail_addr;               /* packed: driver event suppression */
     uint64_t used_addr;                /* packed: device event suppression */
     uint64_t log_addr;                 /* guest address that used-ring writes are logged at */
-    struct vhd_ring_position position; /* next_used matters for packed; split reads used.idx */
+    struct vhd_ring_position position; /* next_used matters for packed; split reads used.idx;
+                                          number is the ring's own */
     uint32_t handler;
     int kick_fd; /* borrowed until vhd_ring_stop; -1 = none */
     int call_fd;
@@ -332,7 +338,8 @@ void vhd_ring_stop(vhd_device *device, uint32_t index, struct vhd_ring_position 
 
 struct vhd_chain {
     uint32_t token;          /* for vhd_chain_complete */
-    uint32_t position;       /* where it was in the ring: avail index or slot, wrap counter << 16 */
+    uint32_t position;       /* its number in the low half, above it the avail index, or the slot
+                                and the wrap counter << 15 */
     uint32_t copied_size;    /* readable bytes given to the caller */
     uint32_t readable_size;  /* what the driver sent in all */
     uint32_t writable_count; /* device-writable descriptors */
@@ -350,7 +357,7 @@ int vhd_chain_complete(vhd_device *device, uint32_t index, uint32_t token, const
 /* -- balloon data plane ----------------------------------------------------------------------- */
 
 void vhd_balloon_configure(vhd_device *device, uint32_t flags); /* [any] VHD_BALLOON_ bits */
-/* The driver started afresh: nothing is in the balloon any more. [parked] */
+/* The driver started afresh, as a new generation: nothing is in the balloon any more. [parked] */
 void vhd_balloon_reset(vhd_device *device);
 
 /* -- images ----------------------------------------------------------------------------------- */

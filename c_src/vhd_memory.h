@@ -31,6 +31,31 @@ struct vhd_backing {
  * -ENODATA empty, or what fcntl(2) says. Never waits for a file system of somebody else's. */
 int vhd_backing_inspect(int fd, struct vhd_backing *backing);
 
+/* -- given_up.c -------------------------------------------------------------------------------- */
+
+/* Pages of a memory file, 4 KiB each, that one generation of the driver gave up. */
+struct vhd_given_up {
+    int fd;
+    _Atomic uint64_t *words; /* [count] bits, then the generation they are of; the worker writes */
+    uint64_t count;
+    _Atomic uint64_t pages; /* how many bits are set */
+};
+
+/* inherited: a predecessor's memfd, -1 = a new one; 0 or -errno. */
+int vhd_given_up_open(struct vhd_given_up *given_up, uint64_t file_size, int inherited);
+void vhd_given_up_close(struct vhd_given_up *given_up);
+/* No page is given up; the memory of the bits goes back to the host. [parked] */
+void vhd_given_up_forget(struct vhd_given_up *given_up);
+/* Mark a page as given up by this generation, or not; false when it was so before. A page that a
+ * new generation gives up is its only one: what another one gave up is forgotten. Worker only. */
+bool vhd_given_up_put(struct vhd_given_up *given_up, uint64_t generation, uint64_t page,
+                      bool is_given_up);
+bool vhd_given_up_all(const struct vhd_given_up *given_up, uint64_t generation, uint64_t page,
+                      uint64_t count);
+uint64_t vhd_given_up_pages(const struct vhd_given_up *given_up, uint64_t generation);
+/* The number of a generation that never was before, on this host since it booted; not 0. */
+uint64_t vhd_generation_after(uint64_t generation);
+
 /* -- mapping.c, guest_mem.c ------------------------------------------------------------------- */
 
 struct vhd_mapping {
@@ -38,15 +63,8 @@ struct vhd_mapping {
     uint8_t *host;
     uint64_t size;      /* of the file when it was mapped */
     uint64_t page_size; /* host page of this file */
-    int given_up_fd;
-    _Atomic uint64_t *given_up; /* bitmap, one bit per 4 KiB of the file; worker writes it */
-    _Atomic uint64_t given_up_pages;
+    struct vhd_given_up given_up;
 };
-
-/* Mark a 4 KiB page of the file as given up, or not; false when it was so before. Worker only. */
-bool vhd_mapping_give_up(vhd_mapping *mapping, uint64_t page, bool given_up);
-bool vhd_mapping_all_given_up(const vhd_mapping *mapping, uint64_t page, uint64_t count);
-void vhd_mapping_forget_given_up(vhd_mapping *mapping);
 
 /* Sorted by guest_addr, no overlaps; both are checked when the table is set. */
 struct vhd_table {

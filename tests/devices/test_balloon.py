@@ -241,7 +241,8 @@ def test_a_successor_is_what_its_predecessor_was(
             balloon.hint_start()
         else:
             data = pack("<I", 0x8000_0001 if step == 1 else 0)
-            balloon.on_chain(Chain(3, Role.FREE_PAGE_HINT, 2, data, 4), now_s=6.0)
+            told = Chain(3, Role.FREE_PAGE_HINT, 2, data, 4, position=step)
+            balloon.on_chain(told, now_s=6.0)
 
     successor = Balloon()
     successor.load(json.loads(json.dumps(balloon.save())))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from struct import pack
 
 import pytest
@@ -13,6 +15,7 @@ from vhostd.errors import GuestError
 from vhostd.units import MiB
 
 STOP, DONE = 0, 1
+POSITIONS = count(0xFFF0)  # the number in it wraps
 FIRST = 0x8000_0001
 
 
@@ -25,12 +28,13 @@ def balloon() -> Balloon:
 
 
 def command(balloon: Balloon, value: int) -> Sequence[Effect]:
-    chain = Chain(3, Role.FREE_PAGE_HINT, 40, pack("<I", value), readable_size=4)
+    chain = Chain(3, Role.FREE_PAGE_HINT, 40, pack("<I", value), 4, position=next(POSITIONS))
     return balloon.on_chain(chain, now_s=0.0)
 
 
 def block(balloon: Balloon, size: int = 4 * MiB) -> Sequence[Effect]:
-    chain = Chain(3, Role.FREE_PAGE_HINT, 41, writable_count=1, writable_size=size)
+    at = next(POSITIONS)
+    chain = Chain(3, Role.FREE_PAGE_HINT, 41, writable_count=1, writable_size=size, position=at)
     return balloon.on_chain(chain, now_s=0.0)
 
 
@@ -162,3 +166,20 @@ def test_wishes_that_make_no_sense_are_refused_with_a_reason(balloon: Balloon) -
     balloon.on_started()
     with pytest.raises(Refused, match="has no free page hinting"):
         balloon.hint_start()
+
+
+def test_what_comes_again_because_the_ring_stopped_counts_once(balloon: Balloon) -> None:
+    """By a stop, or because a predecessor died before it gave the chains back."""
+    balloon.hint_start()
+    at = next(POSITIONS)
+    told = Chain(3, Role.FREE_PAGE_HINT, 1, pack("<I", FIRST), 4, position=at)
+    listed = Chain(3, Role.FREE_PAGE_HINT, 2, b"", 0, 1, 4 * MiB, position=at + 1)
+    for chain in (told, listed):
+        balloon.on_chain(chain, now_s=0.0)
+    heir = Balloon()
+    heir.load(balloon.save())
+    for again in (told, listed):
+        assert heir.on_chain(again, now_s=0.0) == [Complete(3, again.token)]
+    assert hint_status(heir) == ("running", 4 * MiB, 1, 0)
+    heir.on_chain(replace(listed, position=at + 2), now_s=0.0)
+    assert hint_status(heir) == ("running", 8 * MiB, 2, 0)

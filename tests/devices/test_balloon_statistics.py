@@ -116,5 +116,26 @@ def test_an_empty_buffer_is_held_and_leaves_the_numbers_alone() -> None:
 def test_a_buffer_held_over_a_stop_is_never_completed() -> None:
     queue = StatisticsQueue()
     queue.on_chain(lent(7), now_s=1.0)
-    queue.forget_buffer()
+    queue.let_go()
     assert queue.request() == []
+
+
+def test_the_numbers_of_a_buffer_held_over_a_stop_are_news_once() -> None:
+    queue = StatisticsQueue()
+    buffer = lent(7, entries((4, 1)))
+    queue.on_chain(buffer, now_s=1.0)
+    queue.let_go()
+    queue.let_go()
+    assert queue.on_chain(buffer, now_s=9.0) == []
+    assert (queue.received_s, queue.updates) == (1.0, 1)
+    assert completed(queue.request()) == [7]
+
+
+def test_a_new_drivers_buffer_is_news_wherever_it_is() -> None:
+    queue = StatisticsQueue()
+    buffer = lent(7, entries((4, 1)))
+    queue.on_chain(buffer, now_s=1.0)
+    queue.let_go()
+    queue.reset()
+    assert len(queue.on_chain(buffer, now_s=9.0)) == 1
+    assert queue.received_s == 9.0

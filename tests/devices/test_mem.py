@@ -205,16 +205,51 @@ def test_a_request_that_comes_again_is_answered_again_and_not_carried_out_again(
     again = mem.on_chain(chain(PLUG, 0, 4, token=2, at=9), 0)
     assert again == [Complete(0, 2, ACK)]
     assert mem.plugged_size == 4 * BLOCK
+
+
+def test_the_same_request_is_carried_out_where_it_is_another_chain() -> None:
+    """A packed ring has the same slot in the same round again after two rounds."""
+    mem = started()
+    slot = 5 << 16
+    assert answer(mem.on_chain(chain(PLUG, 0, 4, token=1, at=slot + 7), 0)) == ACK
+    assert answer(mem.on_chain(chain(UNPLUG, 0, 4, token=2, at=slot + 8), 0)) == ACK
+    mem.on_discarded(parts(0, 4), None)
+    assert answer(mem.on_chain(chain(PLUG, 0, 4, token=3, at=slot + 263), 0)) == ACK
+    assert mem.plugged_size == 4 * BLOCK
+
+
+def test_what_was_owed_comes_again_to_a_driver_that_looks_new() -> None:
+    """Stopped and continued where its ring is at its beginning."""
+    mem = started()
+    mem.on_chain(chain(PLUG, 0, 4, token=1, at=9), 0)
+    mem.on_stopped()
     mem.on_driver_reset()
-    assert answer(mem.on_chain(chain(PLUG, 0, 4, token=3, at=9), 0)) == ERROR
+    mem.on_started()
+    assert mem.on_chain(chain(PLUG, 0, 4, token=2, at=9), 0) == [Complete(0, 2, ACK)]
 
 
-def test_a_refused_chain_ends_what_may_come_again() -> None:
+def test_nothing_comes_again_after_a_reset_of_the_machine() -> None:
+    mem = started()
+    mem.on_chain(chain(PLUG, 0, 4, token=1, at=9), 0)
+    mem.on_stopped()
+    mem.on_system_reset()
+    mem.on_discarded(parts(0, 4), None)
+    mem.on_started()
+    assert answer(mem.on_chain(chain(PLUG, 0, 4, token=2, at=9), 0)) == ACK
+    assert mem.plugged_size == 4 * BLOCK
+
+
+def test_a_refused_chain_leaves_what_may_come_again_and_comes_again_itself() -> None:
     mem = started()
     mem.on_chain(chain(PLUG, 0, 1, at=9), 0)
+    refused = Chain(0, Role.GUEST_REQUEST, 2, b"", 0, 1, 10, 0, 10)
     with pytest.raises(GuestError):
-        mem.on_chain(Chain(0, Role.GUEST_REQUEST, 2, b"", 0, 1, 10, 0, 10), 0)
-    assert answer(mem.on_chain(chain(PLUG, 0, 1, token=3, at=9), 0)) == ERROR
+        mem.on_chain(refused, 0)
+    mem.on_stopped()
+    mem.on_started()
+    assert mem.on_chain(chain(PLUG, 0, 1, token=3, at=9), 0) == [Complete(0, 3, ACK)]
+    with pytest.raises(GuestError):
+        mem.on_chain(refused, 0)
 
 
 # -- what the host does ----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ static struct vhd_table table;
 static struct vhd_walk walk;
 
 static const uint32_t poison_val = 0xaaaaaaaa;
+static const uint64_t generation = 1;
 
 struct model {
     struct vhd_balloon balloon;
@@ -103,8 +104,8 @@ static void begin(struct model *model, uint8_t mode)
         REQUIRE(vhd_table_init(&table, regions, REGIONS + 1) == 0);
     }
     memset(model, 0, sizeof *model);
-    vhd_mapping_forget_given_up(ram);
-    vhd_mapping_forget_given_up(list_memory);
+    vhd_given_up_forget(&ram->given_up);
+    vhd_given_up_forget(&list_memory->given_up);
     ram->page_size = mode & 16 ? COARSE * PAGE : PAGE;
     for (uint64_t page = 0; page < PAGES; page++)
         if (!pattern_holds(page))
@@ -113,6 +114,7 @@ static void begin(struct model *model, uint8_t mode)
     model->balloon.flags = model->flags;
     model->balloon.counters = &model->counters;
     model->balloon.poison_val = &poison_val;
+    model->balloon.generation = &generation;
     model->balloon.log = mode & 8 ? dirty_log : NULL;
 }
 

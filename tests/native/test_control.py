@@ -14,6 +14,7 @@ from tests.native.rig import DATA_ADDR, LAYOUTS, Guest, Host, Layout, Ring, wait
 INBOX_CHAINS = 64
 READABLE_MAX = 4096
 ANSWER_MAX = 256
+SIZE = 16
 
 
 def numbered(ring: Ring, numbers: range) -> None:
@@ -71,9 +72,28 @@ def test_chains_not_completed_come_again_after_a_stop(host: Host, layout: Layout
         ring.start(position)
         again = take(ring, 4)
         assert [chain.data for chain in again] == [b"\x01", b"\x02", b"\x03", b"\x04"]
+        assert [chain.position for chain in again[:3]] == [chain.position for chain in chains[1:]]
         for chain in again:
             guest.device.complete_chain(0, chain.token)
         assert [used.token for used in ring.driver.wait_used(4)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_no_two_chains_have_the_same_position(host: Host, layout: Layout) -> None:
+    """Whatever round of the ring, and whatever start of it, they are of."""
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        ring = guest.ring(Handler.CONTROL, layout, SIZE)
+        positions = []
+        for at in range(3 * SIZE + 1):
+            numbered(ring, range(at, at + 1))
+            (chain,) = take(ring, 1)
+            positions.append(chain.position)
+            guest.device.complete_chain(0, chain.token)
+            ring.driver.wait_used(1)
+            if at % SIZE == 5:
+                ring.start(ring.stop())
+        assert len(set(positions)) == len(positions)
+        assert [position & 0xFFFF for position in positions] == list(range(3 * SIZE + 1))
 
 
 def test_a_chain_is_completed_only_once_and_only_when_taken(host: Host) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vhostd._native import BalloonFlag, Handler, Log
+from vhostd._native import BalloonFlag, Handler, Log, RingPosition
 
 from tests.fakes.driver import Buffer
 from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory, Region, open_hugetlb
-from tests.native.rig import Guest, Host, pages_at
+from tests.native.rig import Guest, Host, pages_at, regions
 
 HUGE = 2 * MIB
 PARTS = HUGE // PAGE_SIZE
@@ -66,6 +66,25 @@ def test_a_page_given_up_in_part_stays(guest: Guest) -> None:
     counters = guest.device.balloon_counters()
     assert (counters.discards, counters.inflated_pages) == (0, PARTS - 1)
     assert counters.pages_kept == PARTS - 1
+
+
+def test_pages_of_another_driver_complete_nothing(guest: Guest) -> None:
+    """The old driver's page numbers lie about what a new one uses."""
+    guest.device.balloon_configure(BalloonFlag.MAY_DISCARD | BalloonFlag.MUST_TELL_HOST)
+    inflate_in_parts(guest, DATA, PARTS - 1)
+    host = guest.host
+    again = host.device()
+    again.balloon_configure(BalloonFlag.MAY_DISCARD | BalloonFlag.MUST_TELL_HOST)
+    with host.parked():
+        again.set_regions(regions(guest.memory, guest.mapping))
+    ring = guest.rings.pop()
+    host.remove(guest.device)
+    guest.device = ring.device = again
+    guest.rings.append(ring)
+    ring.start(RingPosition(2, 2))
+    ring.send_pfns(pages_at(DATA + HUGE - PAGE_SIZE, 1))
+    assert guest.memory.read(DATA, HUGE) == b"\xa5" * HUGE
+    assert again.balloon_counters().inflated_pages == 1
 
 
 def test_a_page_completed_over_several_requests_goes_with_must_tell_host(guest: Guest) -> None:

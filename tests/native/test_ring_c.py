@@ -16,7 +16,8 @@ CORE = [
     ROOT / "c_src" / f"{name}.c"
     for name in (
         *("guest_mem", "chain", "ring", "ring_split", "ring_packed"),
-        *("dirty_log", "sigbus", "balloon", "mapping", "backing", "memfd", "discard"),
+        *("dirty_log", "sigbus", "balloon", "mapping", "given_up"),
+        *("backing", "memfd", "discard"),
     )
 ]
 FLAGS = [

@@ -305,7 +305,8 @@ def test_two_devices_of_one_worker_share_a_mapping(host: Host) -> None:
         first_ring.send_pfns(pages_at(DATA_ADDR, 1))
         second_ring.send_pfns(pages_at(DATA_ADDR + PAGE_SIZE, 1))
         assert guest.memory.pages_present(DATA_ADDR, 3) == 1
-        assert guest.mapping.given_up_pages == 2
+        # Each device is a driver of its own: what is known is of the one that came last.
+        assert guest.mapping.given_up_pages == 1
         assert guest.device.balloon_counters().inflated_pages == 1
         assert second.balloon_counters().inflated_pages == 1
         host.remove(second)

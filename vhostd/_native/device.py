@@ -322,6 +322,7 @@ class Device:
             started=bool(raw.started),
             enabled=bool(raw.enabled),
             fault=Fault(raw.fault),
+            taken=bool(raw.taken),
             kicks=raw.kicks,
             chains=raw.chains,
             used=raw.used,

@@ -121,6 +121,7 @@ class RingStatistics:
     started: bool
     enabled: bool
     fault: Fault
+    taken: bool
     kicks: int
     chains: int
     used: int

@@ -248,7 +248,7 @@ class Balloon:
 
     def on_stopped(self) -> Effects:
         self.started = False
-        self.statistics.forget_buffer()
+        self.statistics.let_go()
         return []
 
     def on_chain(self, chain: Chain, now_s: float) -> Effects:
@@ -293,6 +293,7 @@ class Balloon:
             hint_size=hinting.size,
             hint_ignored_blocks=hinting.ignored_blocks,
             hint_rounds=hinting.rounds,
+            hint_handled=hinting.handled,
             statistics=statistics.latest,
             statistics_received_s=statistics.received_s,
             statistics_updates=statistics.updates,
@@ -320,6 +321,7 @@ class Balloon:
         hinting.size = state.hint_size
         hinting.ignored_blocks = state.hint_ignored_blocks
         hinting.rounds = state.hint_rounds
+        hinting.handled = state.hint_handled
         self.statistics.latest = state.statistics
         self.statistics.received_s = state.statistics_received_s
         self.statistics.updates = state.statistics_updates

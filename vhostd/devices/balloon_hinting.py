@@ -45,6 +45,8 @@ class Hinting:
         blocks, size: listed in the current or latest round; size is in bytes.
         ignored_blocks: given back uncounted because they belong to no current round.
         rounds: rounds the guest finished.
+        handled: position of the latest chain; it comes again if the ring stops before it is given
+            back, and counts once.
     """
 
     def __init__(self) -> None:
@@ -57,6 +59,7 @@ class Hinting:
         self.size = 0
         self.ignored_blocks = 0
         self.rounds = 0
+        self.handled: int | None = None
 
     def start(self) -> list[Effect]:
         """Open a round under an id that was not used before.
@@ -90,6 +93,9 @@ class Hinting:
         Raises:
             GuestError: the command id's buffer does not hold 4 bytes.
         """
+        if not chain.is_after(self.handled):
+            return []
+        self.handled = chain.position
         effects: list[Effect] = []
         if chain.readable_size:
             if chain.readable_size != COMMAND.size or len(chain.data) != COMMAND.size:
@@ -109,6 +115,7 @@ class Hinting:
         self.shown = STOP
         self.driver_command = STOP
         self.unanswered.clear()
+        self.handled = None
 
     def status(self) -> JsonObject:
         """{"phase", "command", "size" (bytes), "blocks", "ignored_blocks", "rounds"}."""

@@ -54,6 +54,7 @@ class BalloonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     statistics_received_s: float
     statistics_updates: int
     statistics_held: int | None
+    hint_handled: int | None = None
 
     def __post_init__(self) -> None:
         fields = (self.target_pages, self.actual_pages, self.poison_value, self.hint_shown)

@@ -119,11 +119,12 @@ class StatisticsQueue:
         return [] if held is None else [Complete(held.queue_index, held.token)]
 
     def reset(self) -> None:
-        """A new driver: the old one's numbers say nothing about it."""
-        self.forget_buffer()
+        """A new driver: the old one's buffer and numbers say nothing about it."""
+        self._held = self._known_position = None
         self.latest = {}
         self.received_s = 0.0
 
-    def forget_buffer(self) -> None:
-        """The ring stopped: the buffer is the driver's again and comes back when it starts."""
-        self._held = self._known_position = None
+    def let_go(self) -> None:
+        """The ring stopped: the buffer comes again when it goes on, and its numbers are known."""
+        self._known_position = self.held_position
+        self._held = None

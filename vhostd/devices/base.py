@@ -73,6 +73,9 @@ class DeviceEvent(StrEnum):
     PMEM_CLEARED = "pmem_cleared"
 
 
+_NUMBERS = 1 << 16
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """One chain of a queue that Python serves.
@@ -84,8 +87,9 @@ class Chain:
         writable_count: device-writable descriptors.
         writable_size: bytes in all of them.
         writable_addr: guest-physical address of the first of them.
-        position: where it was in the ring; a chain that comes again because the ring stopped
-            before it was given back has the same, the next one another.
+        position: which of the ring's chains it is: a chain that comes again because the ring
+            stopped before it was given back has the same, each other one another (of 65536 in a
+            row). Its low 16 bits count the ring's chains.
     """
 
     queue_index: int
@@ -97,6 +101,15 @@ class Chain:
     writable_size: int = 0
     writable_addr: int = 0
     position: int = 0
+
+    def is_after(self, position: int | None) -> bool:
+        """It came into the ring later than the chain at `position`; None: there was no such chain.
+
+        False: it is that one, or an older one, and comes again.
+        """
+        if position is None:
+            return True
+        return 0 < (self.position - position) % _NUMBERS < _NUMBERS // 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,10 @@ class Mem:
         Nothing if a driver runs: then the news is late, and the new driver has unplugged what it
         found by itself.
         """
-        return [] if self.started else self._blocks.unplug_all()
+        if self.started:
+            return []
+        self._blocks.answers.forget()
+        return self._blocks.unplug_all()
 
     def on_disconnected(self) -> None:
         self.started = False
@@ -215,8 +218,12 @@ class Mem:
         return []
 
     def on_driver_reset(self) -> Effects:
-        """Blocks stay as they are: an unbound driver may leave its memory in use."""
-        self._blocks.answers.forget()
+        """Blocks stay as they are: an unbound driver may leave its memory in use.
+
+        So do the answers. A driver that goes on may look like a new one, and what it asked for
+        comes again; a new one's requests are other chains.
+        """
+        self._blocks.answers.progress()
         return []
 
     def on_started(self) -> Effects:
@@ -235,7 +242,7 @@ class Mem:
         self._last_request_s = now_s
         self._nudge.on_request()
         if len(chain.data) < Request.SIZE or chain.writable_size < RESPONSE_SIZE:
-            self._blocks.answers.refused()
+            self._blocks.answers.refused(chain)
             raise GuestError(
                 f"a request of {len(chain.data)} bytes with room for {chain.writable_size};"
                 f" {Request.SIZE} and {RESPONSE_SIZE} are needed"

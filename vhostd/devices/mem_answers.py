@@ -25,7 +25,7 @@ NUDGE_MAX_BEATS: Final = 16
 beats without a request, doubling. Not sooner: Linux breaks a long attempt off when it is told."""
 
 Executed: TypeAlias = tuple[int, bytes, bytes]
-"""Position in the ring, request and answer of a request that was carried out."""
+"""Position, request and answer of a chain that was dealt with; empty: it was no request."""
 
 RECENT_MAX: Final = 64
 """Chains that may be on their way through us at once (VHD_CONTROL_CHAINS_MAX in c_src/vhd.h)."""
@@ -61,8 +61,9 @@ class Answers:
     """Answers given to one driver.
 
     Attributes:
-        recent: the latest requests carried out. Until an answer is out the ring may stop, and the
-            same chain come again; a PLUG carried out twice would be an ERROR, and end the driver.
+        recent: the latest chains dealt with. Until an answer is out the ring may stop, and the same
+            chain come again; a PLUG carried out twice would be an ERROR, and end the driver. Only
+            that chain has its position, so a later request is never answered from here.
         counts: how often each answer was given.
         busy_because: why a guest that waits was told BUSY; None: none waits.
     """
@@ -76,7 +77,7 @@ class Answers:
         self._beats_left = 0
 
     def replay(self, chain: Chain) -> list[Effect] | None:
-        """The answer to a chain that was carried out before its ring stopped; None for others."""
+        """The answer to a chain that was dealt with before its ring stopped; None for others."""
         for position, request, answer in self.recent:
             if (position, request) == (chain.position, _request_of(chain)):
                 return [Complete(chain.queue_index, chain.token, answer)]
@@ -88,7 +89,7 @@ class Answers:
         """Answer a request that was carried out, or refused."""
         data = response(answer, state)
         self.counts[answer] += 1
-        self.recent = [*self.recent[1 - RECENT_MAX :], (chain.position, _request_of(chain), data)]
+        self._remember(chain, data)
         return [Complete(chain.queue_index, chain.token, data)]
 
     def too_much(self, chain: Chain) -> list[Effect]:
@@ -119,12 +120,16 @@ class Answers:
         self._pause_beats = self._beats_left = 0
         self.busy_because = None
 
-    def refused(self) -> None:
-        """A chain was given back unused: a later one may stand where a request stood."""
-        self.recent = []
+    def refused(self, chain: Chain) -> None:
+        """The chain is no request, and goes back unused."""
+        self._remember(chain, b"")
+
+    def _remember(self, chain: Chain, answer: bytes) -> None:
+        done = (chain.position, _request_of(chain), answer)
+        self.recent = [*self.recent[1 - RECENT_MAX :], done]
 
     def forget(self) -> None:
-        """A new driver: nothing of the old one comes again."""
+        """The guest was reset: nothing comes again, and no block is as it was."""
         self.recent = []
         self.progress()
 
