@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from vhostd.errors import FrontendError, VhostdError
 from vhostd.fds import OwnedFd
+from vhostd.handover import vm_record
 from vhostd.protocol.features import ProtocolFeature
 from vhostd.protocol.framing import Framer
 from vhostd.session import actions
@@ -52,7 +53,8 @@ class Conversation:
 
     offer: Offer = field(default_factory=lambda: Offer(OFFERED, QUEUES, CONFIG_SIZE))
     performed: list[Action] = field(default_factory=list)
-    position: RingPosition = field(default_factory=RingPosition)
+    position: RingPosition = field(default_factory=RingPosition)  # of rings that stop
+    taken: bool = True  # chains were, from rings that stop
     refuse_next: VhostdError | None = None
     refusal: VhostdError | None = None  # of the latest message
 
@@ -70,6 +72,11 @@ class Conversation:
         """What was performed since the last call."""
         performed, self.performed = self.performed, []
         return performed
+
+    def succeed(self) -> None:
+        """A successor goes on from what was recorded."""
+        record = vm_record.encode_device(vm_record.DeviceRecord({}, self.state))
+        self.machine = SessionMachine(self.offer, vm_record.decode_device(record).session)
 
     # -- bytes -----------------------------------------------------------------------------------
 
@@ -116,7 +123,7 @@ class Conversation:
             case actions.SetRegions(regions):
                 return tuple(FileIdentity(1, 100 + n) for n in range(len(regions)))
             case actions.StopRing():
-                return self.position
+                return actions.StoppedRing(self.position, self.taken)
             case actions.GetConfig(_offset, size):
                 return b"\xc0" * size
         return None

@@ -71,10 +71,11 @@ class Shell:
         match action:
             case actions.StartRing(setup):
                 assert setup.index not in self.started
-                self._start(setup)
+                self.started[setup.index] = setup
             case actions.RestartRing(setup):
                 assert setup.index in self.started
-                self._start(setup)
+                self.started[setup.index] = setup
+                (self.enabled.add if setup.enabled else self.enabled.discard)(setup.index)
             case actions.StopRing(index):
                 del self.started[index]
                 self.enabled.discard(index)
@@ -90,12 +91,8 @@ class Shell:
             case actions.DeviceStopped():
                 assert self.open
                 self.open = False
-            case actions.DeviceReset():
-                assert not self.started
-
-    def _start(self, setup: actions.RingSetup) -> None:
-        self.started[setup.index] = setup
-        (self.enabled.add if setup.enabled else self.enabled.discard)(setup.index)
+            case actions.DriverReset():
+                assert not self.enabled, "a ring is served"
 
     def _replace_regions(self, regions: tuple[actions.RegionSource, ...]) -> None:
         table = []

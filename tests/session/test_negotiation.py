@@ -336,7 +336,7 @@ def test_reset_stops_everything_and_keeps_memory_and_negotiation(packed: bool) -
         actions.DeviceStopped(),
         actions.StopRing(0),
         actions.StopRing(2),
-        actions.DeviceReset(),
+        actions.DriverReset(),
     ]
     assert talk.state.regions == before.regions
     assert talk.state.features == before.features

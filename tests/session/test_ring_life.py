@@ -185,10 +185,13 @@ def test_without_protocol_features_rings_are_served_from_their_kick_on() -> None
 
     assert talk.kick(0) == 0
 
-    start, device = talk.take()
+    start, *served = talk.take()
     assert isinstance(start, actions.StartRing)
-    assert start.setup.enabled
-    assert device == actions.DeviceStarted()
+    assert served == [
+        actions.DriverReset(),
+        actions.EnableRing(0, True),
+        actions.DeviceStarted(),
+    ]
     assert talk.enable(0, False) == 1
 
 

@@ -8,6 +8,7 @@ import pytest
 from vhostd.protocol.requests import Request
 from vhostd.session import actions
 from vhostd.session.actions import RingPosition
+from vhostd.session.ring_layout import position_of
 from vhostd.session.state import RingAddresses
 
 from tests.fakes import messages
@@ -297,7 +298,7 @@ def test_a_ring_without_a_base_starts_at_its_beginning(features: int, beginning:
 
     assert talk.stop(0) == beginning
     talk.kick(0)
-    assert started(talk).evidence.base_is_initial
+    assert started(talk).setup.position == position_of(beginning, 0, packed=features == PACKED)
 
 
 @pytest.mark.parametrize(

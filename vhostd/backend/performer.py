@@ -65,7 +65,6 @@ class ActionPerformer:
         self._log: _native.Log | None = None
         self._logging = False
         self._obsolete: list[str] = []
-        self._fresh_driver = False
         self.features = 0
         self.started = False
         self._by_type: dict[type[Action], Callable[..., Awaitable[Outcome]]] = {
@@ -85,7 +84,7 @@ class ActionPerformer:
             actions.FeaturesSettled: self._features_settled,
             actions.DeviceStarted: self._device_started,
             actions.DeviceStopped: self._device_stopped,
-            actions.DeviceReset: self._device_reset,
+            actions.DriverReset: self._driver_reset,
         }
 
     async def perform(self, action: Action) -> Outcome:
@@ -194,11 +193,7 @@ class ActionPerformer:
         async with self._worker.parked():
             self._rings.start(action.setup, action.kick)
             self._kept.keep(f"kick.{action.setup.index}", action.kick.fileno())
-            if not self.started:
-                self._fresh_driver |= action.evidence.fresh_driver
             self._rings.assign(self._device.roles(self.features, self._rings.started))
-            if action.setup.enabled:
-                self._serve(action.setup.index)
 
     async def _restart_ring(self, action: actions.RestartRing) -> None:
         async with self._worker.parked():
@@ -208,24 +203,13 @@ class ActionPerformer:
 
     async def _stop_ring(self, action: actions.StopRing) -> Outcome:
         async with self._worker.parked():
-            position = self._rings.stop(action.index)
+            stopped = self._rings.stop(action.index)
         self._obsolete += [f"kick.{action.index}", f"call.{action.index}"]
-        return position
+        return stopped
 
     async def _enable_ring(self, action: actions.EnableRing) -> None:
         async with self._worker.parked():
-            if action.enabled:
-                self._serve(action.index)
-            else:
-                self._rings.enable(action.index, enabled=False)
-
-    def _serve(self, index: int) -> None:
-        # A new driver's first request must meet an empty balloon, so this comes before the ring
-        # is looked at.
-        if self._fresh_driver:
-            self._fresh_driver = False
-            self._effects.perform(self._device.on_driver_reset())
-        self._rings.enable(index, enabled=True)
+            self._rings.enable(action.index, action.enabled)
 
     async def _set_ring_call(self, action: actions.SetRingCall) -> None:
         async with self._worker.parked():
@@ -294,7 +278,7 @@ class ActionPerformer:
         self._requests.close()
         self._effects.perform(self._device.on_stopped())
 
-    async def _device_reset(self, action: actions.DeviceReset) -> None:
+    async def _driver_reset(self, action: actions.DriverReset) -> None:
         del action
         async with self._worker.parked():
             self._effects.perform(self._device.on_driver_reset())

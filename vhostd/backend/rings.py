@@ -18,7 +18,7 @@ from vhostd.devices.base import Role
 from vhostd.errors import FrontendError, HostError
 from vhostd.fds import OwnedFd
 from vhostd.protocol.features import VirtioFeature
-from vhostd.session.actions import RingPosition, RingSetup
+from vhostd.session.actions import RingPosition, RingSetup, StoppedRing
 from vhostd.transport.eventfd import check_call, check_eventfd
 
 HANDLER_OF: Final = {
@@ -149,9 +149,10 @@ class Rings:
         if kick is not None and old_kick is not None:
             old_kick.close()
 
-    def stop(self, index: int) -> RingPosition:
+    def stop(self, index: int) -> StoppedRing:
         """Stop a ring, close its kick and call, say where it stood. Parked."""
         position = self._device.stop_ring(index)
+        taken = self._device.ring_statistics(index).taken
         eventfds = self._eventfds[index]
         for file in (eventfds.kick, eventfds.call):
             if file is not None:
@@ -159,7 +160,7 @@ class Rings:
         eventfds.kick = eventfds.call = None
         self.started.discard(index)
         self._setups.pop(index, None)
-        return _session_position(position)
+        return StoppedRing(_session_position(position), taken)
 
     def enable(self, index: int, enabled: bool) -> None:
         """Serve a started ring, or stop serving it. Parked."""

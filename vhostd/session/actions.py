@@ -35,6 +35,14 @@ class RingPosition:
 
 
 @dataclass(frozen=True, slots=True)
+class StoppedRing:
+    """Where a ring stood when it stopped; taken: a chain was taken from it since it started."""
+
+    position: RingPosition
+    taken: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RingSetup:
     """One ring, checked: every part is aligned and inside one region of the memory table.
 
@@ -45,7 +53,7 @@ class RingSetup:
         addresses: guest addresses.
         log_used: mark writes to the used ring in the dirty log, at guest address log_addr.
         position: where it starts.
-        enabled: serve it at once.
+        enabled: the VMM has it enabled.
         start_number: see RingState.
     """
 
@@ -58,35 +66,6 @@ class RingSetup:
     position: RingPosition
     enabled: bool
     start_number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StartEvidence:
-    """What a ring's start tells about the driver behind it; QEMU's generic device sends no reset.
-
-    A guest that was only stopped and continued goes on where its rings stood. One that was reset
-    has new rings, which start at their beginning.
-
-    Attributes:
-        base_is_initial: the ring starts at its beginning.
-        had_moved: it stood elsewhere when it last stopped.
-        addresses_changed: it lies elsewhere than at its last start, or never was started.
-        others_live: other rings are being served, so that this one was reset alone.
-    """
-
-    base_is_initial: bool
-    had_moved: bool
-    addresses_changed: bool
-    others_live: bool
-
-    @property
-    def fresh_driver(self) -> bool:
-        """The driver has started afresh: what it knew about the device is gone.
-
-        False proves nothing: a ring that was never used looks the same after a reset.
-        """
-        changed = self.had_moved or self.addresses_changed
-        return self.base_is_initial and changed and not self.others_live
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +102,11 @@ class SetLogging:
 class StartRing:
     """Start a stopped ring with the call and err eventfds the shell holds for it, if any.
 
-    The ring must be looked at once without a kick: the driver's first kick may be lost.
+    It is not served before it is enabled by its own action.
     """
 
     setup: RingSetup
     kick: OwnedFd
-    evidence: StartEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +122,7 @@ class RestartRing:
 
 @dataclass(frozen=True, slots=True)
 class StopRing:
-    """Stop a started ring; close its kick and call. Outcome: its RingPosition.
+    """Stop a started ring; close its kick and call. Outcome: a StoppedRing.
 
     Its err eventfd stays: QEMU sends it once in the life of a connection.
     """
@@ -154,7 +132,10 @@ class StopRing:
 
 @dataclass(frozen=True, slots=True)
 class EnableRing:
-    """Serve a started ring, or stop serving it."""
+    """Serve a started ring, or stop serving it.
+
+    The ring must be looked at once without a kick: the driver's first kick may be lost.
+    """
 
     index: int
     enabled: bool
@@ -239,8 +220,11 @@ class DeviceStopped:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceReset:
-    """RESET_DEVICE: all rings are stopped; the device goes back to its initial state."""
+class DriverReset:
+    """No ring is served, and what is known of the driver is over.
+
+    RESET_DEVICE came, or a new driver is about to be served.
+    """
 
 
 Action = (
@@ -260,8 +244,8 @@ Action = (
     | FeaturesSettled
     | DeviceStarted
     | DeviceStopped
-    | DeviceReset
+    | DriverReset
 )
 
-Outcome = RingPosition | tuple[FileIdentity, ...] | bytes | None
+Outcome = StoppedRing | tuple[FileIdentity, ...] | bytes | None
 """What performing an action gave; None for every action whose docstring names no outcome."""

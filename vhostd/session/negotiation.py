@@ -14,9 +14,8 @@ from vhostd.protocol.wire import U64, ConfigSpace, ShmemConfig
 from vhostd.session.actions import (
     Action,
     ConfigureConfigSpace,
-    DeviceReset,
-    DeviceStarted,
     DeviceStopped,
+    DriverReset,
     EnableRing,
     FeaturesSettled,
     GetConfig,
@@ -26,6 +25,7 @@ from vhostd.session.actions import (
     SetLogging,
     StopRing,
 )
+from vhostd.session.driver import go_live
 from vhostd.session.memory_table import MEMORY_SLOTS_MAX, check_table
 from vhostd.session.plan import Handler, Offer, Plan, Settled
 from vhostd.session.state import RingState, SessionState
@@ -55,14 +55,13 @@ def _set_features(offer: Offer, state: SessionState, message: Message) -> Plan:
     if (features ^ state.features) & VirtioFeature.LOG_ALL:
         actions.append(SetLogging(bool(features & VirtioFeature.LOG_ALL)))
     rings = tuple(_enabled_by(features, state, ring) for ring in state.rings)
-    for index, (before, after) in enumerate(zip(state.rings, rings, strict=True)):
-        if after.started and after.enabled != before.enabled:
-            actions.append(EnableRing(index, after.enabled))
-    state = replace(state, features=features, features_settled=True, rings=rings)
-    if not state.device_started and any(ring.live for ring in rings):
-        actions.append(DeviceStarted())
-        state = replace(state, device_started=True)
-    return Plan(state, tuple(actions))
+    enable = tuple(
+        EnableRing(index, after.enabled)
+        for index, (before, after) in enumerate(zip(state.rings, rings, strict=True))
+        if after.started and after.enabled != before.enabled
+    )
+    settled = replace(state, features=features, features_settled=True, rings=rings)
+    return go_live(state, settled, tuple(actions), enable)
 
 
 def _enabled_by(features: int, state: SessionState, ring: RingState) -> RingState:
@@ -149,7 +148,7 @@ def _get_status(_offer: Offer, state: SessionState, _message: Message) -> Plan:
 def _reset_device(_offer: Offer, state: SessionState, _message: Message) -> Plan:
     actions: list[Action] = [DeviceStopped()] if state.device_started else []
     actions += [StopRing(index) for index, ring in enumerate(state.rings) if ring.started]
-    actions.append(DeviceReset())
+    actions.append(DriverReset())
     enabled = state.features_settled and not state.has(VirtioFeature.PROTOCOL_FEATURES)
     # Stopping closed the kick and the call of the started ones; the other eventfds stay.
     rings = tuple(

@@ -13,7 +13,7 @@ from typing import Final
 from vhostd.errors import FrontendError
 from vhostd.protocol.features import VirtioFeature
 from vhostd.protocol.wire import MemoryRegion
-from vhostd.session.actions import RingPosition, RingSetup, StartEvidence
+from vhostd.session.actions import RingPosition, RingSetup
 from vhostd.session.memory_table import GUEST_PAGE_SIZE, guest_addr_of
 from vhostd.session.state import LogWindow, RingAddresses, RingState, SessionState
 
@@ -117,18 +117,6 @@ def set_up(state: SessionState, index: int, ring: RingState) -> RingSetup:
         position=position_of(base_in_force(ring, state), ring.size, packed=state.packed),
         enabled=ring.enabled,
         start_number=ring.start_number,
-    )
-
-
-def evidence_of(setup: RingSetup, state: SessionState) -> StartEvidence:
-    """What this start tells about the driver; state is as it was before."""
-    ring = state.rings[setup.index]
-    packed = bool(setup.features & VirtioFeature.RING_PACKED)
-    return StartEvidence(
-        base_is_initial=at_beginning(setup.position, packed=packed),
-        had_moved=ring.moved,
-        addresses_changed=ring.started_at != setup.addresses,
-        others_live=any(other.live for other in state.rings),
     )
 
 

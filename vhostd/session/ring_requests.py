@@ -14,17 +14,17 @@ from vhostd.protocol.requests import Request
 from vhostd.protocol.wire import VringAddr, VringFile, VringFlag, VringState
 from vhostd.session.actions import (
     Action,
-    DeviceStarted,
     DeviceStopped,
     EnableRing,
     Outcome,
     RestartRing,
-    RingPosition,
     SetRingCall,
     SetRingErr,
     StartRing,
+    StoppedRing,
     StopRing,
 )
+from vhostd.session.driver import go_live, started_at, stopped_at
 from vhostd.session.plan import Handler, Offer, Plan, Settled, ring_at
 from vhostd.session.ring_layout import (
     at_beginning,
@@ -33,7 +33,6 @@ from vhostd.session.ring_layout import (
     check_alignment,
     check_log,
     check_size,
-    evidence_of,
     locate,
     position_of,
     set_up,
@@ -101,11 +100,11 @@ def _get_vring_base(_offer: Offer, state: SessionState, message: Message) -> Pla
     actions.append(StopRing(index))
 
     def settle(outcomes: Sequence[Outcome]) -> Settled:
-        position = outcomes[-1]
-        assert isinstance(position, RingPosition), "StopRing gives a position"
-        base = base_of(position, packed=state.packed)
-        moved = not at_beginning(position, packed=state.packed)
-        after = replace(ring, base=base, moved=moved, started=False, kick=False, call=False)
+        outcome = outcomes[-1]
+        assert isinstance(outcome, StoppedRing), "StopRing says where"
+        base = base_of(outcome.position, packed=state.packed)
+        stood = stopped_at(ring, outcome.position, taken=outcome.taken, packed=state.packed)
+        after = replace(stood, base=base, kick=False, call=False)
         stopped = replace(state.with_ring(index, after), device_started=False)
         return stopped, VringState(index, base).pack()
 
@@ -132,9 +131,10 @@ def _set_vring_kick(_offer: Offer, state: SessionState, message: Message) -> Pla
     setup = set_up(state, index, ring)
     if ring.started:
         return Plan(state.with_ring(index, ring), (RestartRing(setup, kick),))
-    after = replace(ring, kick=True, started=True, started_at=setup.addresses)
-    start = StartRing(setup, kick, evidence_of(setup, state))
-    return _gone_live(state.with_ring(index, after), (start,))
+    begins = at_beginning(setup.position, packed=state.packed)
+    after = started_at(replace(ring, kick=True), setup.addresses, begins=begins)
+    enable = (EnableRing(index, True),) if ring.enabled else ()
+    return go_live(state, state.with_ring(index, after), (StartRing(setup, kick),), enable)
 
 
 def _set_vring_call(_offer: Offer, state: SessionState, message: Message) -> Plan:
@@ -160,21 +160,14 @@ def _set_vring_enable(_offer: Offer, state: SessionState, message: Message) -> P
     enabled = bool(told.num)
     if enabled == ring.enabled:
         return Plan(state)
-    state = state.with_ring(told.index, replace(ring, enabled=enabled))
+    after = state.with_ring(told.index, replace(ring, enabled=enabled))
     change = (EnableRing(told.index, enabled),) if ring.started else ()
     if enabled:
-        return _gone_live(state, change)
+        return go_live(state, after, enable=change)
     if not state.device_started:
-        return Plan(state, change)
+        return Plan(after, change)
     # The first ring to be disabled is the first sign that QEMU stops the device.
-    return Plan(replace(state, device_started=False), (DeviceStopped(), *change))
-
-
-def _gone_live(state: SessionState, actions: tuple[Action, ...]) -> Plan:
-    """A ring was started or enabled by these actions, in a state that has it so."""
-    if state.device_started or not any(ring.live for ring in state.rings) or not actions:
-        return Plan(state, actions)
-    return Plan(replace(state, device_started=True), (*actions, DeviceStarted()))
+    return Plan(replace(after, device_started=False), (DeviceStopped(), *change))
 
 
 HANDLERS: Final[dict[Request, Handler]] = {

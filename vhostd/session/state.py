@@ -63,7 +63,10 @@ class RingState:
             at its beginning.
         kick, call, err: the shell holds this eventfd.
         started: it has its kick; served while it is enabled too.
-        moved: it stood elsewhere than at its beginning when it last stopped.
+        served: chains of it were taken before it last stopped, since its driver began.
+        began: its latest start was at its beginning.
+        relocated: since its driver was last judged it started elsewhere than before, or for the
+            first time.
         started_at: guest addresses at its latest start.
         start_number: how often it was started, so that nobody takes one start for another.
     """
@@ -78,7 +81,9 @@ class RingState:
     err: bool = False
     started: bool = False
     enabled: bool = False
-    moved: bool = False
+    served: bool = False
+    began: bool = False
+    relocated: bool = False
     started_at: RingAddresses | None = None
     start_number: int = 0
 
