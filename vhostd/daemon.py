@@ -49,6 +49,9 @@ class Daemon:
         self._legacy = Legacy() if legacy is None else legacy
         self.events = EventStream()
         self.events.begin_after(self._legacy.last_event)
+        self._legacy.store.tell_failures(
+            lambda vm, why: self.events.publish(vm, LogEvent.NOT_KEPT, {"error": why})
+        )
         self._registry = MemoryRegistry(self._legacy.store)
         self._limiter = RateLimiter(trio.current_time)
         self._views: dict[str, VmView] = {}

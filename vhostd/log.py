@@ -56,6 +56,7 @@ class LogEvent(StrEnum):
     CACHE_DROPPED = "pmem_cache_dropped"
     HOST_ERROR = "host_error"
     NO_FD_STORE = "no_fd_store"
+    NOT_KEPT = "vm_not_kept"
     TAKEN_OVER = "vm_taken_over"
     STATE_SET_ASIDE = "state_set_aside"
     NOT_TAKEN_OVER = "vm_not_taken_over"

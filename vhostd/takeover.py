@@ -15,7 +15,9 @@ from vhostd.backend.lasting import Lasting
 from vhostd.backend.left import VmLeft, read_left
 from vhostd.config import VmConfig
 from vhostd.fds import OwnedFd
-from vhostd.handover.fd_store import FdStore, KeptFds, NoStore, open_store
+from vhostd.handover.fd_store import FdStore, NoStore, need
+from vhostd.handover.kept_fds import KeptFds
+from vhostd.handover.manager_store import open_store
 from vhostd.handover.state_dir import StateDir
 from vhostd.handover.state_memfd import StateDamaged, StateMemfd, StateVersionUnknown
 from vhostd.log import LogEvent, get_logger
@@ -23,6 +25,11 @@ from vhostd.transport.listener import Listener
 
 EVENTS_LOST_MAX: Final = 100_000
 """Events a predecessor may have published after it last recorded a number."""
+
+LEFT_ALONE: Final = (
+    "its guest runs on without its devices; start the release that left it, or restart the VM and"
+    " then vhostd"
+)
 
 
 @dataclass(slots=True)
@@ -63,9 +70,15 @@ class Legacy:
     def settle(self, vm_name: str) -> None:
         """Let go of what was kept of a VM without a record: nobody can go on with it."""
         if vm_name not in self.lefts and vm_name not in self.paused:
-            self.kept.let_go(f"{vm_name}/", self.store)
+            self.kept.let_go(vm_name, self.store)
 
-    def pause(self, vm_name: str, why: str) -> None:
+    def admit(self, vm: VmConfig) -> None:
+        """Set room in the store aside for a VM, or leave it alone where there is none."""
+        why = self.store.admit(vm.name, need(len(vm.device_names), len(vm.pmems)))
+        if why is not None:
+            self.pause(vm.name, why, "it is not served: its VMM can't connect")
+
+    def pause(self, vm_name: str, why: str, consequence: str = LEFT_ALONE) -> None:
         """Leave a VM alone: nothing of it is recorded, forgotten or closed."""
         self.paused[vm_name] = why
         self.lefts.pop(vm_name, None)
@@ -74,8 +87,7 @@ class Legacy:
         get_logger(vm=vm_name).error(
             LogEvent.NOT_TAKEN_OVER,
             error=why,
-            consequence="its guest runs on without its devices; start the release that left it,"
-            " or restart the VM and then vhostd",
+            consequence=consequence,
         )
 
     def listener(self, vm: VmConfig, device: str, path: Path) -> Listener:
@@ -110,15 +122,18 @@ def inherit(
     """
     kept = KeptFds(passed)
     legacy = Legacy(open_store(), kept, state_dir=state_dir)
-    kept.tell(legacy.store)
+    legacy.store.adopt(kept)
     for vm in vms:
         try:
             found = read_left(vm.name, kept)
-        except (StateDamaged, StateVersionUnknown) as error:
+        except (StateDamaged, StateVersionUnknown, OSError) as error:
             legacy.pause(vm.name, str(error))
             continue
         if found is not None:
             legacy.take_over(vm.name, *found)
+    for vm in sorted(vms, key=lambda vm: vm.name not in legacy.lefts):  # those are stored already
+        if vm.name not in legacy.paused:
+            legacy.admit(vm)
     for name in sorted(kept.vms() - {vm.name for vm in vms}):
         get_logger(vm=name).error(
             LogEvent.NOT_TAKEN_OVER,

@@ -18,7 +18,8 @@ from vhostd.backend.image_opening import open_for
 from vhostd.backend.left import Left
 from vhostd.devices.base import DeviceEvent, Refused
 from vhostd.fds import OwnedFd
-from vhostd.handover.fd_store import DeviceKeeping, KeptFds, NoStore
+from vhostd.handover.fd_store import DeviceKeeping, NoStore
+from vhostd.handover.kept_fds import KeptFds
 from vhostd.handover.vm_record import DeviceRecord
 from vhostd.images.image_file import ImageUnusable, create_image, open_image
 from vhostd.log import LogEvent

@@ -108,11 +108,11 @@ async def killed(daemon: VhostdProcess) -> None:
 
 
 def state_file(daemon: VhostdProcess) -> int:
-    """The VM's state memfd, as the keeper has it."""
-    for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+    """The VM's state memfd; the keeper has the same in a bundle."""
+    for link in Path(f"/proc/{daemon.worker}/fd").iterdir():
         if STATE in str(link.readlink()):
             return os.open(link, os.O_RDWR)
-    raise AssertionError("the keeper has no state memfd")
+    raise AssertionError("the daemon has no state memfd")
 
 
 @asynccontextmanager

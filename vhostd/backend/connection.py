@@ -247,7 +247,7 @@ class DeviceConnection:
         # The connection last: a successor serves one only with all the rest.
         self._kept.keep("shared", self._native.shared_fd)
         self._kept.keep("reply", self._native.reply_fd)
-        self._kept.keep("connection", self._connection.fileno())
+        self._kept.keep("connection", self._connection.fileno(), apart=True)
         if self._left is not None:
             await self._resume(self._left)
         self._settled.set()

@@ -15,7 +15,8 @@ from vhostd.backend.keeping import STATE
 from vhostd.devices.base import Device, JsonObject
 from vhostd.devices.verdict import Verdict
 from vhostd.fds import OwnedFd
-from vhostd.handover.fd_store import VM_WIDE, DeviceKeeping, FdStore, KeptFds
+from vhostd.handover.fd_store import VM_WIDE, DeviceKeeping, FdStore
+from vhostd.handover.kept_fds import KeptFds
 from vhostd.handover.state_memfd import StateMemfd
 from vhostd.handover.vm_record import DeviceRecord, VmRecord, decode, decode_device
 from vhostd.memory.registry import MemoryRegistry
@@ -109,7 +110,7 @@ class VmLeft:
 
     def close(self, vm_name: str, store: FdStore) -> None:
         """Let go of what nobody wanted."""
-        self._kept.let_go(f"{vm_name}/", store)
+        self._kept.let_go(vm_name, store)
 
     async def map_memory(self, vm_name: str, registry: MemoryRegistry) -> None:
         """Map the VM's memory files, with what is known of the balloon in them.

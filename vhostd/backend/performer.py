@@ -148,8 +148,7 @@ class ActionPerformer:
 
     def forget_obsolete(self) -> None:
         """Now that this is recorded, a successor needs them no more."""
-        for role in self._obsolete:
-            self._kept.forget(role)
+        self._kept.forget(*self._obsolete)
         self._obsolete.clear()
 
     def close(self, *, leave: bool) -> None:
@@ -240,7 +239,7 @@ class ActionPerformer:
         )
         # In this order: what was begun on another channel must not go on here.
         self._kept.keep("outbox", channel.outbox_fd)
-        self._kept.keep("channel", channel.fileno())
+        self._kept.keep("channel", channel.fileno(), apart=True)
         self._requests.use(channel)
 
     async def _configure_config_space(self, action: actions.ConfigureConfigSpace) -> None:

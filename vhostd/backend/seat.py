@@ -73,7 +73,7 @@ class DeviceSeat:
 
     async def _accept(self, worker: VmWorker, listener: Listener) -> None:
         journal = self._shared.journal
-        self._kept.keep("listen", listener.fileno())
+        self._kept.keep("listen", listener.fileno(), apart=True)
         async with trio.open_nursery() as nursery:
             if (resumed := self._resume(worker)) is not None:
                 self.connection = resumed

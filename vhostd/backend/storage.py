@@ -117,8 +117,8 @@ class Storage:
         self._device.refused_image = None
         try:
             self._image = native_image(opened, left)
-            self._kept.keep("image", opened.file.fileno())
-            self._kept.keep("witness", opened.witness.fileno())
+            self._kept.keep("image", opened.file.fileno(), apart=True)
+            self._kept.keep("witness", opened.witness.fileno(), apart=True)
             self._kept.keep("image-state", self._image.shared_fd)
             if self._device.failure is not None:
                 self._image.fail(self._device.failure.error)

@@ -345,6 +345,8 @@ class Vm:
             "usable_goal": self._pursuit.size,
             "qmp": self.machine.monitor is not None and self.machine.monitor.connected,
             "discards": self.machine.status(),
+            "not_kept": (not_kept := self._keeping.store.not_kept(self.name)),
+            "kept": not_kept is None,
         }
 
     def _usable_size(self) -> int | None:

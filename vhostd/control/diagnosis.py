@@ -144,6 +144,10 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     name = status["vm"]
     if paused := status.get("paused"):
         yield Check(name, FAILED, f"left alone: {paused}", "its guest runs without its devices")
+    if not_kept := status.get("not_kept"):
+        yield Check(
+            name, WARNING, not_kept, "until then its guest loses its devices when vhostd ends"
+        )
     for queue, fault in status["faults"].items():
         yield Check(
             f"{name} queue {queue}",

@@ -10,6 +10,7 @@ import os
 import stat
 from collections import Counter
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -20,6 +21,10 @@ from vhostd.handover.fd_store import VM_WIDE, FdStore, NoStore
 from vhostd.units import BALLOON_PAGE_SIZE
 
 _MAPPING_THREADS_MAX = 64
+
+FILES_PER_VM_MAX: Final = 128
+"""A VM's quota: a successor gets each file, and its bitmap. QEMU has one for each DIMM, node and
+window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,11 @@ class MemoryRegistry:
 
     async def _map(self, owner: str, identity: tuple[int, int], fd: OwnedFd) -> _MemoryFile | None:
         """Map a file; None: it is of neither shmem nor hugetlbfs."""
+        if sum(file.owner == owner for file in self._files.values()) >= FILES_PER_VM_MAX:
+            raise FrontendError(
+                f"memory region: this VM has {FILES_PER_VM_MAX} memory files already, and no more"
+                " are kept of one VM"
+            )
         try:
             mapping = await trio.to_thread.run_sync(Mapping, fd.fileno(), limiter=self._threads)
         except OSError as error:
@@ -229,8 +239,7 @@ class MemoryRegistry:
 
     def _forget(self, file: _MemoryFile) -> None:
         del self._files[file.identity]
-        self._store.forget(file.name("memory"))
-        self._store.forget(file.name("bitmap"))
+        self._store.forget(file.owner, [file.name("memory"), file.name("bitmap")])
         file.mapping.close()
 
 

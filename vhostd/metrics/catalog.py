@@ -126,6 +126,8 @@ VM: Final = (
            ("chains_refused",)),
     Metric("vm_config_changes_total", "counter", "Config-change messages sent to the VMM.",
            ("config_changes",)),
+    Metric("vm_kept", "gauge", "1: a successor can take the VM over if this process dies.",
+           ("kept",)),
     Metric("vm_config_reads_total", "counter", "Config reads of the guest, answered natively.",
            ("config_reads",)),
     Metric("vm_config_writes_total", "counter", "Config writes of the guest, answered natively.",
