@@ -159,29 +159,6 @@ def test_a_socket_that_can_t_be_had_is_exit_2(image: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_sockets_made_before_one_that_fails_are_taken_back(image: Path, tmp_path: Path) -> None:
-    config = tmp_path / "vhostd.toml"
-    disks = "".join(
-        f'[[vm.web.pmem]]\nid = "{name}"\nfile = "{image}"\nsize = "64M"\nreadonly = true\n'
-        f'socket = "{sock}"\n'
-        for name, sock in (("a", "a.sock"), ("b", "no/b.sock"))
-    )
-    config.write_text(disks)
-    done = subprocess.run(
-        [
-            *(str(executable("vhostd")), "run", "--config", str(config)),
-            *("--runtime-dir", str(tmp_path), "--state-dir", str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "no/b.sock: cannot listen" in done.stderr
-    assert not (tmp_path / "a.sock").exists()
-
-
 # -- a guest ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ The way of a message, each folder with one promise and one prohibition:
 * images/     DISK IMAGES. Opened, locked, created, their page cache; knows no VMM.
 * _native/    NATIVE. The only package that sees cffi; the worker thread and the rings in C.
 
-Beside the way: control/ (HTTP API and vhostctl), metrics/, daemon.py (the one nursery), config.py.
+Beside the way: control/ (HTTP API and vhostctl), metrics/, daemon.py (the one nursery),
+supervision.py (each VM by itself: served, or paused with a reason), config.py.
 """
 
 __version__ = "0.1.0"

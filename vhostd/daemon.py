@@ -7,34 +7,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import trio
 
 from vhostd import __version__, systemd, takeover
 from vhostd.backend.journal import Journal
-from vhostd.backend.vm import Vm
 from vhostd.config import DEFAULT_STATE_DIR, Config, MetricsConfig, VmConfig
 from vhostd.control.events import EventStream
-from vhostd.control.interface import VmView
 from vhostd.errors import HostError, VhostdError
 from vhostd.fds import OwnedFd
 from vhostd.handover.state_dir import StateDir
+from vhostd.homes import KeptHome, NoHome, Shared, SingleHome
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
-from vhostd.served_vm import PausedVm, ServedVm
+from vhostd.pause import Pause
+from vhostd.supervision import Source, SupervisedVm
 from vhostd.takeover import Legacy
-from vhostd.transport.connection import Connection
-from vhostd.transport.listener import Listener
 
 SETTLE_TIMEOUT_S: Final = 1.0
 """How long operators wait for VMs that are taken over; an image on hung storage takes longer."""
-
-Source: TypeAlias = Listener | Connection
-"""Where a device's VMM comes from."""
 
 
 class Daemon:
@@ -52,90 +46,111 @@ class Daemon:
         self._legacy.store.tell_failures(
             lambda vm, why: self.events.publish(vm, LogEvent.NOT_KEPT, {"error": why})
         )
-        self._registry = MemoryRegistry(self._legacy.store)
         self._limiter = RateLimiter(trio.current_time)
-        self._views: dict[str, VmView] = {}
+        self._shared = Shared(
+            MemoryRegistry(self._legacy.store), self._legacy, lambda: self.events.next_id
+        )
+        self._vms: dict[str, SupervisedVm] = {}
 
-    def vms(self) -> Mapping[str, VmView]:
+    def vms(self) -> Mapping[str, SupervisedVm]:
         """All VMs by name, in the configuration's order."""
-        return self._views
+        return self._vms
 
-    def add_all(self, sources: Sequence[tuple[VmConfig, Sequence[Source]]]) -> list[Vm]:
-        """Take VMs in; those that are to be run come back."""
-        vms = []
-        for config, of_vm in sources:
-            vm = self._new_vm(config, of_vm)
-            if vm is None:
-                why = self._legacy.paused[config.name]
-                self._views[config.name] = PausedVm(config, why)
-                _leave(of_vm)
-            else:
-                self._views[config.name] = ServedVm(vm)
-                vms.append(vm)
-        return vms
+    def add(self, config: VmConfig) -> None:
+        """Take in a VM of the configuration file, and serve it if that can be."""
+        journal = self._journal(config.name)
+        vm = SupervisedVm(config.name, KeptHome(config, self._shared, journal), journal)
+        self._begin(vm, self._legacy.paused.get(config.name))
 
-    def _new_vm(self, config: VmConfig, sources: Sequence[Source]) -> Vm | None:
-        """A VM to be run; None: it is left alone."""
-        if config.name in self._legacy.paused:
-            return None
-        journal = Journal(config.name, self._limiter, self.events.publish)
-        try:
-            return Vm(
-                config,
-                sources,
-                self._registry,
-                journal,
-                self._legacy.keeping(config.name),
-                self._legacy.lefts.get(config.name),
-                lambda: self.events.next_id,
-            )
-        except ValueError as error:
-            self._legacy.pause(config.name, str(error))
-            return None
+    def add_absent(self, name: str, why: Pause, *, stays: bool) -> None:
+        """Take in a VM that can't be served. stays: also when its VMM has gone."""
+        home = NoHome(name, self._legacy, why, stays=stays)
+        self._begin(SupervisedVm(name, home, self._journal(name)), why)
+
+    def add_single(self, config: VmConfig, source: Source) -> None:
+        """Take in the one VM of this process."""
+        journal = self._journal(config.name)
+        home = SingleHome(config, source, self._shared, journal)
+        self._begin(SupervisedVm(config.name, home, journal), None)
+
+    def _journal(self, name: str) -> Journal:
+        return Journal(name, self._limiter, self.events.publish)
+
+    def _begin(self, vm: SupervisedVm, why: Pause | None) -> None:
+        self._vms[vm.name] = vm
+        if why is None:
+            vm.begin()
+        else:
+            vm.pause(why)
+
+    async def run(self, scope: trio.CancelScope) -> None:
+        """Serve them; ends the scope when the last of them has ended.
+
+        Raises:
+            HostError: the only one there is to be can't be served any more.
+        """
+        async with trio.open_nursery() as nursery:
+            for vm in list(self._vms.values()):
+                nursery.start_soon(self._run_vm, vm)
+        scope.cancel()
+
+    async def _run_vm(self, vm: SupervisedVm) -> None:
+        await vm.run()
+        if vm.single and vm.paused is not None:
+            raise HostError(vm.paused.reason)
+        del self._vms[vm.name]
+
+    async def settle(self) -> None:
+        """Wait until nothing more is wanted of what a predecessor left."""
+        for vm in list(self._vms.values()):
+            await vm.settled.wait()
+
+    def leave_paths(self) -> None:
+        """A successor goes on with the devices' sockets."""
+        for vm in self._vms.values():
+            vm.leave_paths()
 
 
 async def serve(
-    sources: Sequence[tuple[VmConfig, Sequence[Source]]],
+    populate: Callable[[Daemon], None],
+    legacy: Legacy,
     runtime_dir: Path | None,
     metrics: MetricsConfig | None = None,
-    legacy: Legacy | None = None,
 ) -> None:
     """Serve VMs until SIGTERM or SIGINT, or until the last of them has ended.
 
     Args:
-        sources: each VM and where its VMM comes from, as VmConfig.sockets has it; owned from
-            here on.
+        populate: adds the VMs.
+        legacy: what a predecessor left, and where a successor finds it.
         runtime_dir: where the control sockets go; None: there are none.
         metrics: an extra TCP address for /metrics.
-        legacy: what a predecessor left, and where a successor finds it.
 
     Raises:
-        ConfigError, HostError: the control sockets cannot be served. They come in an
-            ExceptionGroup, as every nursery's do.
+        ConfigError, HostError: the control sockets, or a process' only VM, cannot be served. They
+            come in an ExceptionGroup, as every nursery's do.
     """
-    legacy = Legacy() if legacy is None else legacy
     daemon = Daemon(legacy)
+    taking_over = bool(legacy.lefts)
     log = get_logger()
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            vms = daemon.add_all(sources)
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, legacy, sources)
-            run_vms = partial(_run_vms, vms, bool(legacy.paused), nursery.cancel_scope)
-            if legacy.lefts:
+            populate(daemon)
+            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, legacy, daemon)
+            if taking_over:
                 # Before all else: a VMM that waits for an answer of a predecessor stands still.
-                nursery.start_soon(run_vms)
+                nursery.start_soon(daemon.run, nursery.cancel_scope)
                 with trio.move_on_after(SETTLE_TIMEOUT_S):
-                    for vm in vms:
-                        await vm.settled.wait()
+                    await daemon.settle()
             if runtime_dir is not None:
                 from vhostd.control.server import serve_control  # see load_control()
 
                 await nursery.start(serve_control, daemon, runtime_dir, metrics)
-            if not legacy.lefts:
-                nursery.start_soon(run_vms)
+            if not taking_over:
+                nursery.start_soon(daemon.run, nursery.cancel_scope)
             nursery.start_soon(_feed_watchdog)
-            log.info(LogEvent.DAEMON_STARTED, version=__version__, vms=len(vms))
-            _tell_service_manager("READY=1", f"STATUS=serving {len(vms)} VMs")
+            served = sum(vm.paused is None for vm in daemon.vms().values())
+            log.info(LogEvent.DAEMON_STARTED, version=__version__, vms=served)
+            _tell_service_manager("READY=1", f"STATUS=serving {served} VMs")
             await trio.sleep_forever()
     log.info(LogEvent.DAEMON_STOPPED)
 
@@ -148,20 +163,11 @@ def _tell_service_manager(*assignments: str, timeout_s: float | None = None) -> 
         get_logger().error(LogEvent.HOST_ERROR, error=f"service manager: {error}")
 
 
-async def _run_vms(vms: Sequence[Vm], stay: bool, scope: trio.CancelScope) -> None:
-    async with trio.open_nursery() as nursery:
-        for vm in vms:
-            nursery.start_soon(vm.run)
-        if stay:
-            nursery.start_soon(trio.sleep_forever)
-    scope.cancel()
-
-
 async def _stop_on_signal(
     signals: AsyncIterator[int],
     scope: trio.CancelScope,
     legacy: Legacy,
-    sources: Sequence[tuple[VmConfig, Sequence[Source]]],
+    daemon: Daemon,
 ) -> None:
     async for number in signals:
         get_logger().info(LogEvent.DAEMON_STOPPING, signal=signal.Signals(number).name)
@@ -169,16 +175,8 @@ async def _stop_on_signal(
         kept = legacy.store.working
         legacy.leave()
         if kept:
-            for _, of_vm in sources:
-                _leave(of_vm)
+            daemon.leave_paths()
         scope.cancel()
-
-
-def _leave(sources: Sequence[Source]) -> None:
-    """Have a successor's paths stay when we close."""
-    for source in sources:
-        if isinstance(source, Listener):
-            source.leave_path()
 
 
 async def _feed_watchdog() -> None:
@@ -207,7 +205,6 @@ def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
         get_logger().error(
             LogEvent.DEVICE_REFUSED, error=line, consequence="a VMM that connects is turned away"
         )
-    sources: list[tuple[VmConfig, list[Source]]] = []
     if not passed:
         load_control()  # who finds a device's socket finds the control socket, too
     state_dir = StateDir.open(config.state_dir, make=config.state_dir != DEFAULT_STATE_DIR)
@@ -216,27 +213,30 @@ def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise HostError(f"{config.runtime_dir}: cannot be made: {error.strerror}") from error
-    try:
+
+    def populate(daemon: Daemon) -> None:
         for vm in config.vms.values():
-            listeners: list[Source] = []
-            sources.append((vm, listeners))
-            if vm.name in legacy.paused:
-                continue
-            for name, socket in zip(vm.device_names, vm.sockets, strict=True):
-                listeners.append(legacy.listener(vm, name, socket))  # closed one by one
-            legacy.settle(vm.name)
-        run_to_end(sources, config.runtime_dir, config.metrics, legacy)
-    finally:
-        for _, of_vm in sources:
-            for source in of_vm:
-                source.close()
+            daemon.add(vm)
+        for name in legacy.gone:
+            daemon.add_absent(name, legacy.paused[name], stays=False)
+
+    run_to_end(populate, legacy, config.runtime_dir, config.metrics)
+
+
+def run_single(config: VmConfig, source: Source, runtime_dir: Path | None) -> None:
+    """Serve one VM, until a signal ends it or its connection has ended.
+
+    Raises:
+        ConfigError, HostError: it cannot be served any more; the text is for the operator.
+    """
+    run_to_end(lambda daemon: daemon.add_single(config, source), Legacy(), runtime_dir)
 
 
 def run_to_end(
-    sources: Sequence[tuple[VmConfig, Sequence[Source]]],
+    populate: Callable[[Daemon], None],
+    legacy: Legacy,
     runtime_dir: Path | None,
     metrics: MetricsConfig | None = None,
-    legacy: Legacy | None = None,
 ) -> None:
     """serve() in an event loop of its own.
 
@@ -244,7 +244,7 @@ def run_to_end(
         ConfigError, HostError: as serve(), without a group around it.
     """
     try:
-        trio.run(serve, sources, runtime_dir, metrics, legacy)
+        trio.run(serve, populate, legacy, runtime_dir, metrics)
     except* VhostdError as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):

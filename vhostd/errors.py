@@ -20,6 +20,18 @@ class FrontendError(VhostdError):
         self.fatal = fatal
 
 
+class PauseVm(VhostdError):
+    """The VM in which this is raised can't be served any more; the others are.
+
+    Attributes:
+        remedy: what an operator can do, one sentence.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
 class GuestError(VhostdError):
     """One chain of the guest is wrong: it is given back unused and counted."""
 

@@ -59,7 +59,7 @@ class LogEvent(StrEnum):
     NOT_KEPT = "vm_not_kept"
     TAKEN_OVER = "vm_taken_over"
     STATE_SET_ASIDE = "state_set_aside"
-    NOT_TAKEN_OVER = "vm_not_taken_over"
+    VM_PAUSED = "vm_paused"
     LINES_SUPPRESSED = "lines_suppressed"
 
 
@@ -68,6 +68,14 @@ _SHARED: Final[Sequence[Processor]] = (
     structlog.stdlib.add_log_level,
     structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
 )
+
+
+def _without_debug(
+    logger: object, method: str, line: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """A terminal is for operators: what only helps to mend the program is in JSON lines."""
+    line.pop("debug", None)
+    return line
 
 
 def configure(
@@ -84,7 +92,7 @@ def configure(
     final: list[Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if kind == "json"
-        else [structlog.dev.ConsoleRenderer(colors=terminal)]
+        else [_without_debug, structlog.dev.ConsoleRenderer(colors=terminal)]
     )
     structlog.configure(
         processors=[*_SHARED, *final],

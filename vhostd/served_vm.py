@@ -1,107 +1,90 @@
-"""A VM as the control API sees and changes it: one that is served, or one that is left alone.
+"""A VM as the control API changes it, and its devices as the control API describes them.
 
-Knows the control API's view and backend.vm. Must not know HTTP.
+Knows the control API's interface and backend.vm. Must not know HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vhostd.backend.vm import Vm
 from vhostd.config import VmConfig
 from vhostd.control.interface import DeviceSocket, HintAction, MemoryWindow
-from vhostd.devices.base import Refused
 from vhostd.devices.registry import BALLOON, MEM, PMEM, DeviceKind
+
+Asked = ParamSpec("Asked")
+Answer = TypeVar("Answer")
+
+
+def _supervised(
+    change: Callable[Concatenate[ServedVm, Asked], Awaitable[Answer]],
+) -> Callable[Concatenate[ServedVm, Asked], Coroutine[Any, Any, Answer]]:
+    """What goes wrong in a change is the VM's trouble."""
+
+    @wraps(change)
+    async def supervised(vm: ServedVm, /, *asked: Asked.args, **more: Asked.kwargs) -> Answer:
+        with vm.supervised():
+            return await change(vm, *asked, **more)
+
+    return supervised
 
 
 class ServedVm:
-    """control.interface.VmView and VmChanges of a VM."""
+    """control.interface.VmChanges of a VM.
 
-    def __init__(self, vm: Vm) -> None:
+    Attributes:
+        supervised: the context of every change; pauses the VM where it raises more than Refused.
+    """
+
+    def __init__(self, vm: Vm, supervised: Callable[[], AbstractContextManager[None]]) -> None:
         self._vm = vm
+        self.supervised = supervised
 
-    @property
-    def changes(self) -> ServedVm:
-        """What can be done to it."""
-        return self
-
-    def status(self) -> dict[str, Any]:
-        """The object of `vhostctl --json status VM`."""
-        return self._vm.status()
-
-    @property
-    def devices(self) -> Sequence[DeviceSocket]:
-        """What a VMM's command line must say about this VM's devices."""
-        return device_sockets(self._vm.config)
-
+    @_supervised
     async def set_balloon_target(self, size: int) -> None:
         """Ask the guest to give up `size` bytes. Raises Refused."""
         self._vm.set_balloon_target(size)
 
+    @_supervised
     async def request_statistics(self) -> None:
         """Ask the guest for its statistics; an event tells when they came. Raises Refused."""
         self._vm.request_statistics()
 
+    @_supervised
     async def balloon_hint(self, action: HintAction) -> None:
         """Begin or break off a free page hinting round. Raises Refused."""
         self._vm.balloon_hint(start=action is HintAction.START)
 
+    @_supervised
     async def resize_mem(self, device: str | None, size: int) -> str:
         """Ask the guest to use `size` bytes of a memory device. Raises Refused."""
         return self._vm.resize_mem(device, size)
 
+    @_supervised
     async def flush_pmem(self, device: str | None) -> str:
         """Make a disk's image durable. Raises Refused."""
         pmem = self._vm.find_pmem(device)
         await self._vm.storage_of(pmem).flush()
         return pmem.options.id
 
+    @_supervised
     async def drop_pmem_cache(self, device: str | None) -> dict[str, Any]:
         """Give the page cache of a disk's image back to the host. Raises Refused."""
         return await self._vm.storage_of(self._vm.find_pmem(device)).drop_cache()
 
+    @_supervised
     async def clear_pmem(self, device: str | None) -> str:
         """Let flushes of a disk succeed again. Raises Refused."""
         return await self._vm.clear_pmem(device)
 
+    @_supervised
     async def set_memory(self, size: int) -> dict[str, Any]:
         """Ask for `size` bytes of usable memory. Raises Refused."""
         return self._vm.set_memory(size)
-
-
-class PausedVm:
-    """control.interface.VmView of a VM whose state is not to be trusted: nobody touches it."""
-
-    def __init__(self, config: VmConfig, why: str) -> None:
-        self._config = config
-        self._why = why
-
-    def status(self) -> dict[str, Any]:
-        """That it is left alone, and why."""
-        return {
-            "vm": self._config.name,
-            "state": "quarantined",
-            "paused": self._why,
-            "mem": [],
-            "pmem": [],
-            "connections": 0,
-            "faults": {},
-            "messages_refused": 0,
-            "usable": None,
-            "usable_goal": None,
-        }
-
-    @property
-    def devices(self) -> Sequence[DeviceSocket]:
-        """What a VMM's command line must say about this VM's devices."""
-        return device_sockets(self._config)
-
-    @property
-    def changes(self) -> NoReturn:
-        """Raises Refused."""
-        raise Refused(f"VM {self._config.name!r} is left alone: {self._why}")
 
 
 def device_sockets(config: VmConfig) -> list[DeviceSocket]:

@@ -112,6 +112,6 @@ def serve(
         assert fd is not None, "checked with the other options"
         source = from_passed_fd(fd)
     try:
-        daemon.run_to_end([(config, [source])], runtime_dir)
+        daemon.run_single(config, source, runtime_dir)
     finally:
         source.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from vhostd.backend.keeping import VmKeeping
+from vhostd.backend.keeping import LISTEN, VmKeeping
 from vhostd.backend.lasting import Lasting
 from vhostd.backend.left import VmLeft, read_left
 from vhostd.config import VmConfig
@@ -20,15 +20,20 @@ from vhostd.handover.kept_fds import KeptFds
 from vhostd.handover.manager_store import open_store
 from vhostd.handover.state_dir import StateDir
 from vhostd.handover.state_memfd import StateDamaged, StateMemfd, StateVersionUnknown
-from vhostd.log import LogEvent, get_logger
+from vhostd.pause import Pause
 from vhostd.transport.listener import Listener
 
 EVENTS_LOST_MAX: Final = 100_000
 """Events a predecessor may have published after it last recorded a number."""
 
-LEFT_ALONE: Final = (
-    "its guest runs on without its devices; start the release that left it, or restart the VM and"
-    " then vhostd"
+CONNECTION: Final = "connection"
+"""Role of a VMM's connection."""
+
+OTHER_RELEASE: Final = "start the release that left it, or restart the VM"
+NO_ROOM: Final = "its VMM can't connect until the store is larger and vhostd was restarted"
+NOT_DESCRIBED: Final = Pause(
+    "the configuration does not describe it any more, and its VMM still runs",
+    "describe it again and restart vhostd, or end its VMM",
 )
 
 
@@ -39,6 +44,7 @@ class Legacy:
     Attributes:
         store: where descriptors of this process go.
         paused: VMs that are left alone, because their state is not to be trusted, and why.
+        gone: VMs that the configuration does not describe any more, whose VMMs still run.
         state_dir: what outlives the host, too.
         last_event: the event stream goes on after it.
     """
@@ -47,7 +53,8 @@ class Legacy:
     kept: KeptFds = field(default_factory=lambda: KeptFds({}))
     keepings: dict[str, VmKeeping] = field(default_factory=dict)
     lefts: dict[str, VmLeft] = field(default_factory=dict)
-    paused: dict[str, str] = field(default_factory=dict)
+    paused: dict[str, Pause] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
     state_dir: StateDir = field(default_factory=lambda: StateDir(None))
     last_event: int = 0
 
@@ -69,26 +76,14 @@ class Legacy:
 
     def settle(self, vm_name: str) -> None:
         """Let go of what was kept of a VM without a record: nobody can go on with it."""
-        if vm_name not in self.lefts and vm_name not in self.paused:
+        if vm_name not in self.lefts:
             self.kept.let_go(vm_name, self.store)
 
     def admit(self, vm: VmConfig) -> None:
-        """Set room in the store aside for a VM, or leave it alone where there is none."""
+        """Set room in the store aside for a VM, or have it paused where there is none."""
         why = self.store.admit(vm.name, need(len(vm.device_names), len(vm.pmems)))
         if why is not None:
-            self.pause(vm.name, why, "it is not served: its VMM can't connect")
-
-    def pause(self, vm_name: str, why: str, consequence: str = LEFT_ALONE) -> None:
-        """Leave a VM alone: nothing of it is recorded, forgotten or closed."""
-        self.paused[vm_name] = why
-        self.lefts.pop(vm_name, None)
-        if (keeping := self.keepings.pop(vm_name, None)) is not None:
-            keeping.leave()
-        get_logger(vm=vm_name).error(
-            LogEvent.NOT_TAKEN_OVER,
-            error=why,
-            consequence=consequence,
-        )
+            self.paused[vm.name] = Pause(why, NO_ROOM)
 
     def listener(self, vm: VmConfig, device: str, path: Path) -> Listener:
         """A device's socket: the predecessor's, or a new one.
@@ -96,7 +91,7 @@ class Legacy:
         Raises:
             ConfigError: it can't be made.
         """
-        kept = self.kept.take(f"{vm.name}/{device}/listen")
+        kept = self.kept.take(f"{vm.name}/{device}/{LISTEN}")
         adopted = None if kept is None else Listener.adopt(kept, path)
         return Listener.bind(path) if adopted is None else adopted
 
@@ -106,6 +101,36 @@ class Legacy:
         for keeping in self.keepings.values():
             keeping.leave()
 
+    # -- VMs that are paused -------------------------------------------------------------------
+
+    def leave_vm(self, vm_name: str) -> None:
+        """Nothing of a VM is recorded or forgotten from now on, and no VMM finds its sockets."""
+        names = self._names(vm_name, LISTEN)
+        for name in names:
+            if (file := self.kept.take(name)) is not None:
+                Listener.discard(file)
+        self.store.forget(vm_name, names)
+        self.keeping(vm_name).pause()
+
+    def waiting_vmms(self, vm_name: str) -> list[OwnedFd]:
+        """Connections of a VM that was left, each once; what else was kept of it is closed here."""
+        keeping = self.keeping(vm_name)
+        found = [self.kept.take(name) for name in self._names(vm_name, CONNECTION)]
+        self.kept.drop(vm_name)
+        connections, keeping.left = keeping.left, []
+        return connections + [file for file in found if file is not None]
+
+    def clear_vm(self, vm_name: str) -> None:
+        """Nobody goes on with a VM that was left: have nothing of it kept."""
+        self.kept.let_go(vm_name, self.store)
+        self.store.clear_vm(vm_name)
+        self.keepings.pop(vm_name, None)
+        self.lefts.pop(vm_name, None)
+
+    def _names(self, vm_name: str, role: str) -> list[str]:
+        names = self.kept.names(f"{vm_name}/")
+        return [name for name in names if name.rpartition("/")[2] == role]
+
 
 def inherit(
     vms: list[VmConfig], state_dir: StateDir, passed: Mapping[str, list[OwnedFd]]
@@ -114,30 +139,29 @@ def inherit(
 
     Args:
         passed: descriptors by name, ours from here on.
-        vms: those of the configuration; what was kept of others stays where it is.
+        vms: those of the configuration; others whose VMMs still run are paused.
         state_dir: what outlives the host, too.
-
-    Raises:
-        ConfigError: what it passed contradicts itself.
     """
     kept = KeptFds(passed)
     legacy = Legacy(open_store(), kept, state_dir=state_dir)
     legacy.store.adopt(kept)
+    legacy.paused = {name: Pause(why, OTHER_RELEASE) for name, why in kept.unknown.items()}
     for vm in vms:
+        if vm.name in legacy.paused:
+            continue
         try:
             found = read_left(vm.name, kept)
-        except (StateDamaged, StateVersionUnknown, OSError) as error:
-            legacy.pause(vm.name, str(error))
-            continue
-        if found is not None:
-            legacy.take_over(vm.name, *found)
+        except (StateDamaged, StateVersionUnknown) as error:
+            legacy.paused[vm.name] = Pause(str(error), OTHER_RELEASE)
+        except Exception as error:  # noqa: BLE001  # see SupervisedVm: it is this VM's trouble
+            legacy.paused[vm.name] = Pause.because(error)
+        else:
+            if found is not None:
+                legacy.take_over(vm.name, *found)
     for vm in sorted(vms, key=lambda vm: vm.name not in legacy.lefts):  # those are stored already
         if vm.name not in legacy.paused:
             legacy.admit(vm)
-    for name in sorted(kept.vms() - {vm.name for vm in vms}):
-        get_logger(vm=name).error(
-            LogEvent.NOT_TAKEN_OVER,
-            error="the configuration has no such VM any more",
-            consequence="its guest runs on without its devices; describe it again and restart",
-        )
+    for name in sorted((kept.vms() | set(kept.unknown)) - {vm.name for vm in vms}):
+        legacy.gone.append(name)
+        legacy.paused[name] = NOT_DESCRIBED
     return legacy

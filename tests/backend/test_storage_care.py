@@ -20,6 +20,7 @@ from vhostd.backend.effects import EffectPerformer
 from vhostd.backend.journal import Journal
 from vhostd.backend.memory_table import DeviceMemory
 from vhostd.backend.storage import FREE_SIZE_MIN, Storage, StoragePolicy
+from vhostd.backend.surroundings import unsupervised
 from vhostd.backend.window import NoHostWork
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Refused
@@ -139,6 +140,7 @@ class Rig:
             effects.perform,
             DeviceKeeping(NoStore(), "web", device.options.id),
             journal,
+            unsupervised,
         )
 
     def look(self, **state: Any) -> None:  # noqa: ANN401
@@ -154,7 +156,7 @@ class Rig:
 @asynccontextmanager
 async def rig(device: Pmem) -> AsyncIterator[tuple[Rig, VmWorker]]:
     """The keeper of one connection, whose image is not open yet."""
-    async with VmWorker.open("web") as worker:
+    async with VmWorker.open("web", unsupervised) as worker:
         made = Rig(worker, device)
         await worker.attach(made.native, lambda events: None)
         try:

@@ -133,6 +133,8 @@ class BalloonVm:
             "usable_goal": self.goal,
             "qmp": False,
             "discards": {"allowed": True, "finding": "unchecked", "why": None},
+            "paused": None,
+            "paused_remedy": None,
         }
 
     async def flush_pmem(self, device: str | None) -> str:

@@ -100,11 +100,11 @@ async def test_a_wish_that_no_longer_fits_is_told_and_the_rest_goes_on(tmp_path:
         assert line["device"] == "mem0"
 
 
-async def killed(daemon: VhostdProcess) -> None:
+async def killed(daemon: VhostdProcess, vm: str = VM) -> None:
     """Kill the daemon and wait until another answers."""
     before = daemon.worker
     os.kill(before, signal.SIGKILL)
-    await daemon.replaced(before, VM)
+    await daemon.replaced(before, vm)
 
 
 def state_file(daemon: VhostdProcess) -> int:
@@ -133,21 +133,21 @@ async def test_state_of_another_release_leaves_the_vm_alone_until_that_is_back(
         os.pwrite(state, struct.pack("<I", UNHEARD_OF), VERSION_PLACE)
         await killed(daemon)
         status = await daemon.status(VM)
-        assert status["state"] == "quarantined"
+        assert status["state"] == "paused"
         assert str(UNHEARD_OF) in status["paused"]
         assert str(UNHEARD_OF) in await daemon.ctl("status", VM)
         for words in CHANGES:
             with pytest.raises(ControlFailed) as refusal:
                 await daemon.ctl(*words)
-            assert refusal.value.status == 1 and "left alone" in refusal.value.output
-        assert len(lines(daemon, "vm_not_taken_over")) == 1
+            assert refusal.value.status == 1 and "is paused: " in refusal.value.output
+        assert len(lines(daemon, "vm_paused")) == 1
         # It is not hung up, and what it asks is answered once somebody can.
         os.pwrite(state, struct.pack("<I", version), VERSION_PLACE)
         os.close(state)
         await killed(daemon)
         await trio.to_thread.run_sync(serves, BalloonDriver(machine), BalloonQueue.INFLATE)
         assert (await sizes(daemon))[0] == 96 << 20
-        assert "paused" not in await daemon.status(VM)
+        assert (await daemon.status(VM))["paused"] is None
 
 
 async def test_a_state_that_contradicts_the_configuration_leaves_the_vm_alone(
@@ -172,7 +172,7 @@ async def test_a_vm_taken_out_of_the_configuration_is_told_and_can_come_back(
         os.kill(daemon.worker, signal.SIGKILL)
 
         async def told() -> int:
-            return len(lines(daemon, "vm_not_taken_over"))
+            return len(lines(daemon, "vm_paused"))
 
         await until(told, lambda count: count == 1, WAIT_S, "it is told")
         (tmp_path / "vhostd.toml").write_text(CONFIGURATION + other)
@@ -210,3 +210,20 @@ async def test_events_are_numbered_on(tmp_path: Path) -> None:
             assert now[0] > max(seen, default=0)
             seen += now
             await killed(daemon)
+
+
+async def test_memory_that_was_truncated_pauses_its_vm_alone(tmp_path: Path) -> None:
+    other = "\n[vm.db.balloon]\n"
+    async with served(tmp_path, CONFIGURATION + other) as (daemon, machine):
+        with Machine.boot(tmp_path / "db-balloon.sock") as neighbour:
+            os.ftruncate(machine.memory.fd, 0)
+            await killed(daemon, "db")
+            status = await daemon.status(VM)
+            assert status["state"] == "paused"
+            assert status["paused"]
+            assert len(lines(daemon, "vm_paused")) == 1
+            assert "Traceback" not in await daemon.ctl("status", VM)
+            await trio.to_thread.run_sync(serves, BalloonDriver(neighbour), BalloonQueue.INFLATE)
+        await until(
+            lambda: daemon.status("db"), lambda now: now["state"] == "waiting", WAIT_S, "it ended"
+        )

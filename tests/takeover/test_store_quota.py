@@ -96,5 +96,5 @@ def test_vms_for_which_the_store_has_no_room_are_left_alone_with_the_reason(
         legacy = inherit(vms(tmp_path), StateDir(None), {})
         legacy.leave()
     assert list(legacy.paused) == ["three"]
-    assert "room for 10" in legacy.paused["three"]
-    assert "to 14 or more" in legacy.paused["three"]
+    assert "room for 10" in legacy.paused["three"].reason
+    assert "to 14 or more" in legacy.paused["three"].reason

@@ -6,8 +6,10 @@ the step says, the reply goes out. Must not know what any message means.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from typing import Final
 
 import trio
 
@@ -15,8 +17,10 @@ from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
 from vhostd.backend.chains import ChainServer
 from vhostd.backend.effects import EffectPerformer, HostWork
+from vhostd.backend.faults import Faults
 from vhostd.backend.left import Left
 from vhostd.backend.memory_table import DeviceMemory
+from vhostd.backend.offer import new_native, offer_of
 from vhostd.backend.performer import ActionPerformer
 from vhostd.backend.rings import Rings
 from vhostd.backend.storage import Storage, StoragePolicy
@@ -31,13 +35,14 @@ from vhostd.handover.fd_store import DeviceKeeping
 from vhostd.handover.vm_record import Owed
 from vhostd.images.image_file import ImageUnusable
 from vhostd.log import LogEvent
-from vhostd.protocol.features import protocol_features_for
 from vhostd.protocol.framing import Message
 from vhostd.session.machine import SessionMachine
-from vhostd.session.plan import Offer
 from vhostd.session.state import SessionState
 from vhostd.transport.connection import Connection
 from vhostd.transport.stream import Disconnected
+
+_VMM_GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.EPROTO)
+"""What vhd_reply_finish() says where the connection is of no use any more."""
 
 
 class DeviceConnection:
@@ -49,7 +54,7 @@ class DeviceConnection:
         storage: the device's image, if it has one.
         messages_refused: requests of the VMM that were refused.
         resumed: a predecessor served it.
-        left_alone: it could not be taken over; whoever keeps its socket goes on keeping it.
+        ended: it is over, and a successor gets nothing of it.
     """
 
     def __init__(
@@ -86,9 +91,10 @@ class DeviceConnection:
         self._device = device
         self._worker = worker
         journal = self._journal = shared.journal
-        self._native = _new_native(device) if left is None else left.native(device)
+        self._native = new_native(device) if left is None else left.native(device)
         self._machine = SessionMachine(
-            _offer(device, shared), None if left is None else left.session
+            offer_of(device, memory_slots=shared.memory_slots),
+            None if left is None else left.session,
         )
         self._rings = Rings(self._native, device.queue_count)
         self.requests = BackendRequests(journal)
@@ -106,10 +112,10 @@ class DeviceConnection:
         self._performer = self._new_performer(device, memory)
         self._socket_needs_us = trio.Event()
         self._chains = ChainServer(device, self._native, self.effects, self._roles, journal)
-        self._faults_told: set[int] = set()
+        self._faults = Faults(self._native, self._rings, journal)
         self.messages_refused = 0
         self.resumed = left is not None
-        self.left_alone = False
+        self.ended = False
 
     def _new_storage(self, device: Pmem, policy: StoragePolicy, shared: Surroundings) -> Storage:
         return Storage(
@@ -124,6 +130,7 @@ class DeviceConnection:
             self.effects.perform,
             self._kept,
             shared.journal,
+            shared.pause,
         )
 
     def _new_performer(self, device: Device, memory: DeviceMemory) -> ActionPerformer:
@@ -163,11 +170,7 @@ class DeviceConnection:
     @property
     def faults(self) -> dict[int, str]:
         """Quarantined rings and what was wrong with them."""
-        return {
-            index: fault.name.lower()
-            for index in sorted(self._rings.started)
-            if (fault := self._native.ring_statistics(index).fault) is not _native.Fault.NONE
-        }
+        return self._faults.now()
 
     @property
     def memory_slots(self) -> Sequence[MemorySlot]:
@@ -202,34 +205,46 @@ class DeviceConnection:
         }
 
     async def run(self) -> None:
-        """Serve until the VMM hangs up or breaks the protocol; everything is released then."""
+        """Serve until the VMM hangs up or breaks the protocol; everything is released then.
+
+        Where we end, or an error ends it, a successor goes on with it.
+        """
+        attached = False
         try:
             await self._worker.attach(self._native, self._on_events)
+            attached = True
             try:
                 async with self._image_open():
                     await self._serve()
+                self.ended = True
             except ImageUnusable as error:
+                if self.resumed:
+                    raise
                 assert self.storage is not None, "only these have an image"
                 self.storage.refuse(error)
-            except (FrontendError, OSError) as error:
-                # Of a take-over; what a VMM does wrong later is told where its messages are served.
-                self.left_alone = True
-                self._journal.log.error(
-                    LogEvent.NOT_TAKEN_OVER,
-                    device=self.name,
-                    error=str(error),
-                    consequence="nobody serves it; restart vhostd to try again, or the VM",
-                )
+                self.ended = True
             finally:
+                if not self.ended:
+                    self._shared.keeping.pause()  # before anything is settled or released
                 self._settled.set()
                 with trio.CancelScope(shield=True):
                     await self._worker.detach(self._native)
+                    attached = False
         finally:
+            if not attached:  # else the worker may use all of it, so that it must stay
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Release everything, whatever a part of it raises."""
+        keeping = self._shared.keeping
+        with ExitStack() as release:
+            if self.ended and keeping.active:
+                release.callback(self._connection.close)
+            else:
+                release.callback(keeping.leave_connection, self._connection)
+            release.callback(self._native.close)
+            release.callback(self._performer.close, leave=not self.ended or not keeping.active)
             self._device.on_disconnected()
-            leave = self.left_alone or not self._shared.keeping.active
-            self._performer.close(leave=leave)
-            self._native.close()
-            (self._connection.leave if leave else self._connection.close)()
 
     @asynccontextmanager
     async def _image_open(self) -> AsyncIterator[None]:
@@ -249,7 +264,10 @@ class DeviceConnection:
         self._kept.keep("reply", self._native.reply_fd)
         self._kept.keep("connection", self._connection.fileno(), apart=True)
         if self._left is not None:
-            await self._resume(self._left)
+            try:
+                await self._resume(self._left)
+            except Disconnected:
+                return
         self._settled.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.requests.run)
@@ -267,6 +285,7 @@ class DeviceConnection:
 
         Raises:
             FrontendError, HostError, OSError: it can't be.
+            Disconnected: the VMM has gone.
         """
         await self._performer.resume(self._machine.state, left)
         owed = self._owed
@@ -277,33 +296,40 @@ class DeviceConnection:
         await self._finish_reply()
 
     async def _finish_reply(self) -> None:
-        while not self._native.finish_reply():
-            await self._connection.wait_writable()
+        try:
+            while not self._native.finish_reply():
+                await self._connection.wait_writable()
+        except OSError as error:
+            if error.errno not in _VMM_GONE:
+                raise
+            raise Disconnected(f"the VMM took no answer: {error.strerror}") from error
 
     # -- messages ------------------------------------------------------------------------------
 
     async def _serve_messages(self) -> None:
-        while True:
-            try:
-                message = await self._connection.receive()
-                if message is not None:
-                    await self._handle(message)
-                    continue
-                if self.storage is not None:
-                    # The worker may be in a sync, where it hears nothing.
-                    await self._connection.wait_readable()
-                    continue
-                self._socket_needs_us = trio.Event()
-                self._native.arm_socket()
-            except Disconnected:
-                return
-            except (FrontendError, OSError) as error:
-                self._journal.log.error(
-                    LogEvent.FRONTEND_ERROR,
-                    error=str(error),
-                    consequence="connection closed; the guest's next reboot will end QEMU",
-                )
-                return
+        """Serve until the VMM hangs up or breaks the protocol. Errors of the host are raised."""
+        try:
+            while True:
+                await self._serve_next()
+        except Disconnected:
+            return
+        except FrontendError as error:
+            self._journal.log.error(
+                LogEvent.FRONTEND_ERROR,
+                error=str(error),
+                consequence="connection closed; the guest's next reboot will end QEMU",
+            )
+
+    async def _serve_next(self) -> None:
+        """Serve a message if there is one, else wait until there may be."""
+        if (message := await self._connection.receive()) is not None:
+            await self._handle(message)
+        elif self.storage is not None:
+            # The worker may be in a sync, where it hears nothing.
+            await self._connection.wait_readable()
+        else:
+            self._socket_needs_us = trio.Event()
+            self._native.arm_socket()
             await self._socket_needs_us.wait()
 
     async def _handle(self, message: Message) -> None:
@@ -321,7 +347,7 @@ class DeviceConnection:
             self._journal.guest_caused(
                 "refused", LogEvent.FRONTEND_ERROR, message=message.name, error=str(refusal)
             )
-        self._faults_told &= self._rings.started
+        self._faults.forget_stopped()
         await self._answer(b"" if reply is None else reply.data)
 
     async def _answer(self, reply: bytes) -> None:
@@ -342,33 +368,11 @@ class DeviceConnection:
         if events & _native.Event.CHAINS:
             self._chains.serve()
         if events & _native.Event.FAULT:
-            self._tell_faults()
+            self._faults.tell()
         if events & _native.Event.HOST_ERROR:
-            self._tell_discard_errors()
+            self._faults.tell_discard_errors()
         if events & _native.Event.FLUSH_FAILED and self.storage is not None:
             self.effects.perform(self.storage.on_flush_failed())
-
-    def _tell_faults(self) -> None:
-        for index, fault in self.faults.items():
-            if index not in self._faults_told:
-                self._faults_told.add(index)
-                self._journal.guest_caused(
-                    (index, "fault"),
-                    LogEvent.QUEUE_QUARANTINED,
-                    queue=index,
-                    fault=fault,
-                    consequence="the queue stands still until the driver sets it up again",
-                )
-
-    def _tell_discard_errors(self) -> None:
-        counters = self._native.balloon_counters().as_dict()
-        self._journal.guest_caused(
-            "discard",
-            LogEvent.DISCARD_FAILED,
-            errors=counters["discard_errors"],
-            errno=counters["discard_errno"],
-            consequence="these pages stay resident on the host",
-        )
 
     async def _keep_time(self) -> None:
         interval_s = self._device.timer_interval_s
@@ -380,21 +384,3 @@ class DeviceConnection:
             beat_s = max(beat_s + interval_s, trio.current_time())
             await trio.sleep_until(beat_s)
             self.effects.perform(self._device.on_timer())
-
-
-def _new_native(device: Device) -> _native.Device:
-    native = _native.Device(device.queue_count, device.config_size, device.config_writable)
-    native.publish_config(0, device.config())
-    return native
-
-
-def _offer(device: Device, shared: Surroundings) -> Offer:
-    return Offer(
-        device.offered_features,
-        device.queue_count,
-        device.config_size,
-        protocol_features_for(
-            shmem=bool(device.shmem_region_sizes), memory_slots=shared.memory_slots
-        ),
-        tuple(device.shmem_region_sizes),
-    )

@@ -12,6 +12,7 @@ import msgspec
 from vhostd.backend.lasting import Lasting
 from vhostd.devices.base import Device
 from vhostd.devices.verdict import Verdict
+from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import DeviceKeeping, FdStore, NoStore
 from vhostd.handover.state_memfd import StateMemfd, StateTooLarge
 from vhostd.handover.vm_record import (
@@ -23,8 +24,11 @@ from vhostd.handover.vm_record import (
     encode_device,
 )
 from vhostd.session.state import SessionState
+from vhostd.transport.connection import Connection
 
 STATE: Final = "state"
+LISTEN: Final = "listen"
+"""Role of a device's listening socket."""
 CAPACITY_FIRST: Final = 16384
 """Bytes; a balloon and a virtio-mem device of a few hundred runs need some 4 KiB."""
 
@@ -36,6 +40,8 @@ class VmKeeping:
         store: where descriptors are kept.
         active: what happens is recorded, if there is a store.
         lasting: what outlives the host; None: nothing does.
+        left: connections of a paused VM, which a successor goes on with.
+        hung_up: a connection of a paused VM was closed, since nobody keeps it.
     """
 
     def __init__(
@@ -49,6 +55,10 @@ class VmKeeping:
         self.lasting = lasting
         self.store = store
         self.active = True
+        self.left: list[OwnedFd] = []
+        self.hung_up = False
+        self._paused = False
+        self._of_devices: list[DeviceKeeping] = []
         self._vm_name = vm_name
         self._wide = DeviceKeeping(store, vm_name)
         self._devices: dict[str, msgspec.Raw] = {}
@@ -71,7 +81,9 @@ class VmKeeping:
 
     def of_device(self, device: str) -> DeviceKeeping:
         """Where the descriptors of a device go."""
-        return DeviceKeeping(self.store, self._vm_name, device)
+        keeping = DeviceKeeping(self.store, self._vm_name, device)
+        self._of_devices.append(keeping)
+        return keeping
 
     def commit(
         self,
@@ -112,6 +124,27 @@ class VmKeeping:
     def leave(self) -> None:
         """Record nothing any more: what comes now is only our own end."""
         self.active = False
+
+    def pause(self) -> None:
+        """Leave all as it is to a successor, though we live on. Nobody accepts new VMMs."""
+        if not self.active:
+            return
+        self.active = False
+        self._paused = True
+        for device in self._of_devices:
+            device.forget(LISTEN)
+        self.store.leave_vm(self._vm_name)
+
+    def leave_connection(self, connection: Connection) -> None:
+        """A VMM's connection did not end by itself: let go of it, and have it kept if it is."""
+        if not self._paused:
+            connection.leave()
+        elif self.store.working:
+            self.left.append(connection.detach())
+        else:
+            # Nobody will ever answer: a VMM that waits for us would wait for ever.
+            connection.close()
+            self.hung_up = True
 
     def _write(self, next_event: int) -> None:
         payload = encode(

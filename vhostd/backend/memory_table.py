@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from typing import Protocol
 
 from vhostd import _native
@@ -168,5 +168,6 @@ class DeviceMemory:
     def release(self) -> None:
         """Let go of all files; the native device is detached and never runs again."""
         slots, self._slots = self._slots, {}
-        for held in slots.values():
-            held.release()
+        with ExitStack() as release:
+            for held in slots.values():
+                release.callback(held.release)

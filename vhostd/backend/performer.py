@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
@@ -153,14 +155,12 @@ class ActionPerformer:
 
     def close(self, *, leave: bool) -> None:
         """Let go of everything; the native device is detached. leave: to a successor."""
-        if leave:
-            self._requests.leave()
-        else:
-            self._requests.use(None)
-        self._rings.close()
-        self._memory.release()
-        if self._log is not None:
-            self._log.close()
+        with ExitStack() as release:  # all of it, whatever a part of it raises
+            if self._log is not None:
+                release.callback(self._log.close)
+            release.callback(self._memory.release)
+            release.callback(self._rings.close)
+            release.callback(self._requests.leave if leave else partial(self._requests.use, None))
 
     # -- memory --------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -80,8 +80,9 @@ class Rings:
 
     def close(self) -> None:
         """Close every eventfd; the device is detached."""
-        for eventfds in self._eventfds:
-            eventfds.close()
+        with ExitStack() as release:
+            for eventfds in self._eventfds:
+                release.callback(eventfds.close)
 
     def start(self, setup: RingSetup, kick: OwnedFd) -> None:
         """Start a stopped ring; it is served once it has a handler and is enabled. Parked.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import trio
 
 from vhostd.backend.connection import DeviceConnection
+from vhostd.backend.keeping import LISTEN
 from vhostd.backend.left import Left
 from vhostd.backend.storage import StoragePolicy
 from vhostd.backend.surroundings import Surroundings
@@ -73,7 +74,7 @@ class DeviceSeat:
 
     async def _accept(self, worker: VmWorker, listener: Listener) -> None:
         journal = self._shared.journal
-        self._kept.keep("listen", listener.fileno(), apart=True)
+        self._kept.keep(LISTEN, listener.fileno(), apart=True)
         async with trio.open_nursery() as nursery:
             if (resumed := self._resume(worker)) is not None:
                 self.connection = resumed
@@ -102,13 +103,10 @@ class DeviceSeat:
             return None
         try:
             return self._new_connection(worker, connection, left)
-        except OSError as error:
-            self.settled.set()
-            connection.leave()
-            self._shared.journal.log.error(
-                LogEvent.NOT_TAKEN_OVER, device=self.name, error=error.strerror or str(error)
-            )
-            return None
+        except Exception:
+            self._shared.keeping.pause()
+            self._shared.keeping.leave_connection(connection)
+            raise
 
     def _turn_away(self, connection: Connection) -> None:
         connection.close()
@@ -146,9 +144,9 @@ class DeviceSeat:
         self._shared.connected(resumed=connection.resumed)
         try:
             await connection.run()
-            if not connection.left_alone:
-                # It has ended, and not we: nobody will want what it had.
-                self._kept.forget_all(but="listen")
+            if connection.ended:
+                # And not we: nobody will want what it had.
+                self._kept.forget_all(but=LISTEN)
                 self.connection = None
                 self.commit()
         finally:

@@ -22,6 +22,7 @@ from vhostd.backend.image_opening import native_image, open_for
 from vhostd.backend.journal import Journal
 from vhostd.backend.left import Left
 from vhostd.backend.memory_table import DeviceMemory
+from vhostd.backend.surroundings import start_apart
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Effects, JsonObject, Refused
 from vhostd.devices.pmem import ImageView, Pmem, PmemMode
@@ -83,6 +84,7 @@ class Storage:
         perform: Perform,
         kept: DeviceKeeping,
         journal: Journal,
+        pause: Callable[[BaseException], None],
     ) -> None:
         """perform: carries out what the device says to what happens to the image."""
         self._device = device
@@ -96,6 +98,7 @@ class Storage:
         self._perform = perform
         self._kept = kept
         self._journal = journal
+        self._pause = pause
         self._open: OpenImage | None = None
         self._image: _native.Image | None = None
         # Our own: threads that wait for this image's storage must not be those of other VMs.
@@ -145,7 +148,7 @@ class Storage:
     async def _let_go(self, opened: OpenImage, image: _native.Image | None) -> None:
         """Close it once no thread and no worker is in it; the next VMM finds it in use before."""
         closed = trio.Event()
-        trio.lowlevel.spawn_system_task(self._close_unused, opened, image, closed)
+        start_apart(self._pause, self._close_unused, opened, image, closed)
         with trio.move_on_after(LET_GO_TIMEOUT_S, shield=True):
             await closed.wait()
 

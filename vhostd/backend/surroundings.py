@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVarTuple
+
+import trio
 
 from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
 from vhostd.memory.registry import MemoryRegistry
+
+Arguments = TypeVarTuple("Arguments")
+
+
+def unsupervised(error: BaseException) -> None:
+    """Where nobody supervises a VM, its errors end it. Raises the error."""
+    raise error
+
+
+def start_apart(
+    pause: Callable[[BaseException], None],
+    work: Callable[[*Arguments], Awaitable[None]],
+    *arguments: *Arguments,
+) -> None:
+    """Do something of a VM that may take longer than the VM is served, and holds up nobody's end.
+
+    pause: gets what it raises, as any other error of the VM.
+    """
+
+    async def supervised() -> None:
+        try:
+            await work(*arguments)
+        except Exception as error:  # noqa: BLE001  # else it would end the event loop, so all VMs
+            pause(error)
+
+    trio.lowlevel.spawn_system_task(supervised)
 
 
 class OnConnected(Protocol):
@@ -25,6 +53,8 @@ class Surroundings:
     Attributes:
         stop_vm: has the VMM pause the VM; its argument says why.
         connected: called when a VMM's connection is served.
+        pause: the one way to have this VM served no more: gets the error, and returns at once. In
+            a task of the VM, raising the error does the same.
         keeping: what a successor gets.
         next_event: number of the event stream's next event.
         memory_slots: the VMM may send its memory table slot by slot. QEMU 11.1 crashes at a reboot
@@ -36,6 +66,7 @@ class Surroundings:
     journal: Journal
     stop_vm: Callable[[str], None]
     connected: OnConnected
+    pause: Callable[[BaseException], None] = unsupervised
     memory_slots: bool = True
     keeping: VmKeeping = field(default_factory=VmKeeping.none)
     next_event: Callable[[], int] = lambda: 0

@@ -16,11 +16,11 @@ from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
 from vhostd.backend.left import VmLeft
 from vhostd.backend.machine import Machine
-from vhostd.backend.memory_pursuit import MemoryPursuit
+from vhostd.backend.memory_pursuit import GoalRecord, MemoryPursuit
 from vhostd.backend.seat import DeviceSeat
 from vhostd.backend.storage import Storage
-from vhostd.backend.surroundings import Surroundings
-from vhostd.backend.vm_status import describe
+from vhostd.backend.surroundings import Surroundings, unsupervised
+from vhostd.backend.vm_status import describe, overall_state
 from vhostd.backend.worker import VmWorker
 from vhostd.config import VmConfig
 from vhostd.devices.balloon import Balloon
@@ -34,9 +34,6 @@ from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
 
 JsonObject = dict[str, Any]
-
-STATES_BY_WEIGHT = ("quarantined", "running", "stopped", "connected", "waiting")
-"""A VM is in the first of these that one of its devices is in."""
 
 
 class Vm:
@@ -58,6 +55,7 @@ class Vm:
         keeping: VmKeeping | None = None,
         left: VmLeft | None = None,
         next_event: Callable[[], int] = lambda: 0,
+        pause: Callable[[BaseException], None] = unsupervised,
     ) -> None:
         """Set a VM up; next_event is the number of the event stream's next event.
 
@@ -65,13 +63,15 @@ class Vm:
             sources: where the VMM of each device comes from, as VmConfig.sockets has them.
             keeping: where its state goes; None: nobody keeps it.
             left: what a predecessor left of it.
+            pause: has the VM served no more, because of an error.
 
         Raises:
-            ValueError: that is of other devices than the configuration describes now.
+            ValueError: that is of other devices than the configuration has.
         """
         self.name = config.name
         self.settled = trio.Event()
         self._left = left
+        self._pause = pause
         self._registry = registry
         keeping = self._keeping = VmKeeping.none() if keeping is None else keeping
         self.config = config
@@ -100,15 +100,19 @@ class Vm:
             )
             for (name, device), source in zip(devices.items(), sources, strict=True)
         }
-        self._pursuit = MemoryPursuit(
+        goal = None if left is None else left.record.goal
+        self._pursuit = self._new_pursuit(goal, next_event)
+        self._tell_hotplug_size()
+
+    def _new_pursuit(self, goal: GoalRecord | None, next_event: Callable[[], int]) -> MemoryPursuit:
+        return MemoryPursuit(
             self.balloon,
             self.mems,
             self._perform_balloon,
-            lambda goal: keeping.commit_goal(goal, next_event()),
-            journal,
-            None if left is None else left.record.goal,
+            lambda goal: self._keeping.commit_goal(goal, next_event()),
+            self._journal,
+            goal,
         )
-        self._tell_hotplug_size()
 
     def _begin_machine(self, keeping: VmKeeping, next_event: Callable[[], int]) -> Machine:
         return Machine(
@@ -148,17 +152,31 @@ class Vm:
             self._journal,
             self.machine.stop_vm,
             self.machine.on_connected,
+            self._pause,
             not has_shmem,
             keeping,
             next_event,
         )
 
+    @property
+    def vmm_present(self) -> bool:
+        """A VMM is connected to one of the devices."""
+        return self.machine.vmm_present
+
     async def run(self) -> None:
         """Serve VMMs until cancelled, or until all connections we were handed have ended."""
-        left = self._left
-        if left is not None:
-            await left.map_memory(self.name, self._registry)
-        async with VmWorker.open(self.name) as worker, trio.open_nursery() as nursery:
+        try:
+            if self._left is not None:
+                await self._left.map_memory(self.name, self._registry)
+            await self._serve(self._left)
+        except BaseException:
+            self._keeping.pause()  # before what only a successor may want is let go of
+            raise
+        finally:
+            self._registry.settle(self.name)
+
+    async def _serve(self, left: VmLeft | None) -> None:
+        async with VmWorker.open(self.name, self._pause) as worker, trio.open_nursery() as nursery:
             if self.machine.monitor is not None:
                 nursery.start_soon(self.machine.monitor.run)
             if self._keeping.lasting is not None:
@@ -183,7 +201,7 @@ class Vm:
 
     async def _run_apart(self, seat: DeviceSeat) -> None:
         """A device whose worker waits for a disk shares it with no other."""
-        async with VmWorker.open(f"{self.name}:{seat.name}") as worker:
+        async with VmWorker.open(f"{self.name}:{seat.name}", self._pause) as worker:
             await seat.run(worker)
 
     # -- what an operator wants ----------------------------------------------------------------
@@ -222,11 +240,7 @@ class Vm:
         return self.balloon
 
     def find_mem(self, device: str | None) -> Mem:
-        """A virtio-mem device by its id, or the only one.
-
-        Raises:
-            Refused: there is none of that id, or several to choose from.
-        """
+        """A virtio-mem device by its id, or the only one. Raises Refused: none, or several."""
         return find(f"VM {self.name!r}", "memory device", self.mems, device)
 
     def resize_mem(self, device: str | None, size: int) -> str:
@@ -243,11 +257,7 @@ class Vm:
         return mem.options.id
 
     def find_pmem(self, device: str | None) -> Pmem:
-        """A virtio-pmem device by its id, or the only one.
-
-        Raises:
-            Refused: there is none of that id, or several to choose from.
-        """
+        """A virtio-pmem device by its id, or the only one. Raises Refused: none, or several."""
         return find(f"VM {self.name!r}", "disk", self.pmems, device)
 
     def storage_of(self, pmem: Pmem) -> Storage:
@@ -332,8 +342,7 @@ class Vm:
     @property
     def state(self) -> str:
         """waiting, connected, running, stopped or quarantined."""
-        states = {seat.state for seat in self._seats.values()}
-        return next(state for state in STATES_BY_WEIGHT if state in states)
+        return overall_state(self._seats.values())
 
     def status(self) -> JsonObject:
         """The object of `vhostctl --json status VM`; sizes in bytes."""
@@ -347,6 +356,8 @@ class Vm:
             "discards": self.machine.status(),
             "not_kept": (not_kept := self._keeping.store.not_kept(self.name)),
             "kept": not_kept is None,
+            "paused": None,
+            "paused_remedy": None,
         }
 
     def _usable_size(self) -> int | None:

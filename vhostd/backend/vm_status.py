@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from vhostd import _native
 from vhostd.backend.seat import DeviceSeat
 
 JsonObject = dict[str, Any]
+
+STATES_BY_WEIGHT: Final = ("quarantined", "running", "stopped", "connected", "waiting")
+"""A VM is in the first of these that one of its devices is in."""
 
 NO_COUNTERS: Final = _native.BalloonCounters().as_dict()
 """What the counters are while no VMM is connected."""
@@ -21,6 +24,12 @@ NO_COUNTS: Final = {
     "config_reads": 0,
     "config_writes": 0,
 }
+
+
+def overall_state(seats: Iterable[DeviceSeat]) -> str:
+    """One of STATES_BY_WEIGHT."""
+    states = {seat.state for seat in seats}
+    return next(state for state in STATES_BY_WEIGHT if state in states)
 
 
 def describe(

@@ -8,33 +8,46 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Self
+from typing import Final, Self
 
 import trio
 
 from vhostd._native import Device, Event, Worker
 
 OnEvents = Callable[[Event], None]
+OnFailure = Callable[[Exception], None]
+
+DEAF_INTERVAL_S: Final = 0.01
+"""How often a worker is looked at whose eventfd can't be watched any more."""
 
 
 class VmWorker:
-    """One native thread and the devices it serves; made by open()."""
+    """One native thread and the devices it serves; made by open().
 
-    def __init__(self, vm_name: str) -> None:
+    Attributes:
+        name: of the VM, and of its device if that has a worker of its own.
+    """
+
+    def __init__(self, vm_name: str, on_failure: OnFailure) -> None:
+        self.name = vm_name
         self._native = Worker(vm_name)
+        self._on_failure = on_failure
         self._parking = trio.Lock()
         self._has_parked = trio.Event()
         self._clients: dict[Device, OnEvents] = {}
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, vm_name: str) -> AsyncIterator[Self]:
+    async def open(cls, vm_name: str, on_failure: OnFailure) -> AsyncIterator[Self]:
         """A running worker, ended with the block; every device must be detached by then.
 
         Its notifications are passed on until the very end, also while the block is cancelled:
         detaching a device parks the worker, and that must be heard.
+
+        Args:
+            on_failure: gets what a device's on_events raises; that device hears nothing more.
         """
-        worker = cls(vm_name)
+        worker = cls(vm_name, on_failure)
         try:
             async with trio.open_nursery() as nursery:
                 listening = trio.CancelScope(shield=True)
@@ -49,7 +62,11 @@ class VmWorker:
 
     async def _listen(self, scope: trio.CancelScope) -> None:
         with scope:
-            await self._pass_on_events()
+            try:
+                await self._pass_on_events()
+            except OSError as error:
+                self._on_failure(error)
+                await self._look_for_parking()
 
     async def _pass_on_events(self) -> None:
         notify_fd = self._native.notify_fd
@@ -59,8 +76,24 @@ class VmWorker:
             if self._native.parked:
                 self._has_parked.set()
             for device, on_events in list(self._clients.items()):
-                if events := device.take_events():
-                    on_events(events)
+                if device in self._clients and (events := device.take_events()):
+                    self._tell(device, on_events, events)
+
+    def _tell(self, device: Device, on_events: OnEvents, events: Event) -> None:
+        try:
+            on_events(events)
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is, it must not end _listen(): taking the devices away, which follows,
+            # waits for what only that hears.
+            del self._clients[device]
+            self._on_failure(error)
+
+    async def _look_for_parking(self) -> None:
+        """Hear at least of what a VM's end waits for: nothing else tells of it any more."""
+        while True:
+            if self._native.parked:
+                self._has_parked.set()
+            await trio.sleep(DEAF_INTERVAL_S)
 
     @asynccontextmanager
     async def parked(self) -> AsyncIterator[None]:
@@ -88,6 +121,6 @@ class VmWorker:
 
     async def detach(self, device: Device) -> None:
         """Take a device away from the worker: its rings stop, its socket is no longer watched."""
-        del self._clients[device]
+        self._clients.pop(device, None)
         async with self.parked():
             device.detach()

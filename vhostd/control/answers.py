@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-State = Literal["waiting", "connected", "running", "stopped", "quarantined"]
+State = Literal["waiting", "connected", "running", "stopped", "quarantined", "paused"]
 
 
 class MemoryPlan(msgspec.Struct):
@@ -172,7 +172,7 @@ class VmStatus(msgspec.Struct):
     `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
     `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
     are messages to the VMM, reads and writes those of the guest that the worker answered. `paused`
-    is why nobody serves it; left out where it is served.
+    is why it is not served, null where it is; `paused_remedy` what to do about it.
     """
 
     vm: str
@@ -192,6 +192,7 @@ class VmStatus(msgspec.Struct):
     qmp: bool = False
     discards: DiscardsStatus | None = None  # left out where nobody serves the VM
     paused: str | None = None
+    paused_remedy: str | None = None
     balloon: BalloonStatus | None = None  # left out where there is none
 
 

@@ -308,7 +308,7 @@ class _Handlers:
         status = vm.status()
         if "balloon" not in status:
             if paused := status.get("paused"):
-                raise ApiError(409, f"VM {request.path_params['vm']!r} is left alone: {paused}")
+                raise ApiError(409, f"VM {request.path_params['vm']!r} is paused: {paused}")
             raise ApiError(404, f"VM {request.path_params['vm']!r} has no balloon")
         return lambda: vm.status()["balloon"]
 

@@ -143,7 +143,7 @@ _NOTHING_GIVEN_BACK: Final = {
 def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     name = status["vm"]
     if paused := status.get("paused"):
-        yield Check(name, FAILED, f"left alone: {paused}", "its guest runs without its devices")
+        yield Check(name, FAILED, f"paused: {paused}", status.get("paused_remedy"))
     if not_kept := status.get("not_kept"):
         yield Check(
             name, WARNING, not_kept, "until then its guest loses its devices when vhostd ends"

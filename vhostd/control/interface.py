@@ -99,7 +99,7 @@ class VmView(Protocol):
 
     @property
     def changes(self) -> VmChanges:
-        """What can be done to it. Raises a VhostdError: nothing, it is left alone."""
+        """What can be done to it. Raises a VhostdError: nothing, it is paused."""
 
     def status(self) -> JsonObject:
         """The object `vhostctl --json status VM` prints, see verbs.VmStatus; never blocks."""

@@ -28,6 +28,7 @@ _STATE_STYLE: Final = {
     "running": "green",
     "stopped": "yellow",
     "quarantined": "bold red",
+    "paused": "bold red",
 }
 _COUNTS: Final = ("faults", "hugetlb", "oom", "stalls", "tag")
 """Parts of the names of statistics that are no sizes."""
@@ -69,7 +70,8 @@ def show_vm(vm: Object) -> None:
         ("state", Text(vm["state"], _STATE_STYLE.get(vm["state"], ""))),
     ]
     if paused := vm.get("paused"):
-        rows.append(("left alone", Text(paused, "bold red")))
+        rows.append(("paused", Text(paused, "bold red")))
+        rows.append(("what to do", Text(vm.get("paused_remedy") or "")))
     if discards := vm.get("discards"):
         rows.append(("discards", _discards(discards)))
     if balloon := vm.get("balloon"):

@@ -66,6 +66,18 @@ class Manifest(msgspec.Struct, frozen=True):
     entries: list[Entry]
 
 
+class BundleVersionUnknown(StateVersionUnknown):
+    """A bundle of a release that we cannot read.
+
+    Attributes:
+        vm: whose it is.
+    """
+
+    def __init__(self, vm: str, version: int) -> None:
+        super().__init__(f"what is kept of {vm}: version {version}, this release reads {VERSION}")
+        self.vm = vm
+
+
 class _Head(msgspec.Struct):
     version: int
     vm: str
@@ -153,9 +165,7 @@ def _decode(words: bytes) -> Manifest:
     try:
         head = msgspec.msgpack.decode(words, type=_Head)
         if head.version != VERSION:
-            raise StateVersionUnknown(
-                f"what is kept of {head.vm}: version {head.version}, this release reads {VERSION}"
-            )
+            raise BundleVersionUnknown(head.vm, head.version)
         return msgspec.msgpack.decode(words, type=Manifest)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise StateDamaged(f"not a bundle of descriptors: {error}") from error

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vhostd.errors import VhostdError
 from vhostd.fds import OwnedFd
-from vhostd.handover.bundle import Entry, Manifest, peek, read_manifest
+from vhostd.handover.bundle import BundleVersionUnknown, Entry, Manifest, peek, read_manifest
+from vhostd.handover.state_memfd import StateDamaged
 from vhostd.log import LogEvent, get_logger
 
 
@@ -69,6 +69,7 @@ class KeptVm:
             for fd in fds.values():
                 fd.close()
             fds.clear()
+        self.inside = {}
         if self.bundle is not None:
             self.bundle.close()
         return left
@@ -79,6 +80,7 @@ class KeptFds:
 
     Attributes:
         stored_names: all names in the manager's store.
+        unknown: VMs of which another release left a bundle that can't be read, and why.
     """
 
     def __init__(self, passed: Mapping[str, list[OwnedFd]]) -> None:
@@ -86,7 +88,8 @@ class KeptFds:
         self.stored_names = set(passed)
         self._vms: dict[str, KeptVm] = {}
         self._unclaimed: dict[str, OwnedFd] = {}
-        self._unreadable = False
+        self.unknown: dict[str, str] = {}
+        self._damaged = False
         by_name: dict[str, OwnedFd] = {}
         for name, fds in passed.items():
             for fd in fds[1:]:
@@ -108,12 +111,15 @@ class KeptFds:
                 continue
             try:
                 manifest = read_manifest(fd.fileno())
-            except (VhostdError, OSError) as error:
-                self._unreadable = True
+            except BundleVersionUnknown as error:
+                self.unknown[error.vm] = str(error)
+                continue
+            except (StateDamaged, OSError) as error:
+                self._damaged = True
                 get_logger().error(
-                    LogEvent.NOT_TAKEN_OVER,
-                    error=str(error),
-                    consequence="it is left as it is; start the release that left it",
+                    LogEvent.HOST_ERROR,
+                    error=f"stored descriptor {name}: {error}",
+                    consequence="all that is stored and has no owner stays as it is",
                 )
                 continue
             other = newest.get(manifest.vm)
@@ -148,7 +154,7 @@ class KeptFds:
 
         They are closed. Where a bundle can't be read nothing is: it may be that one's.
         """
-        if self._unreadable:
+        if self._damaged or self.unknown:
             return
         for name, fd in self._unclaimed.items():
             fd.close()
@@ -173,6 +179,11 @@ class KeptFds:
         vm = self._vms.get(prefix.partition("/")[0])
         names = [] if vm is None else [f"{vm.name}/{role}" for role in vm.entries]
         return [name for name in names if name.startswith(prefix)]
+
+    def drop(self, vm_name: str) -> None:
+        """Close what nobody took of a VM; it goes on being kept."""
+        if (vm := self._vms.get(vm_name)) is not None:
+            vm.close()
 
     def let_go(self, vm_name: str, store: Forgetting) -> None:
         """Close what nobody took of a VM, and have it kept no longer."""

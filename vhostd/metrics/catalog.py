@@ -24,7 +24,7 @@ class Metric:
     path: tuple[str, ...]
 
 
-STATES: Final = ("waiting", "connected", "running", "stopped", "quarantined")
+STATES: Final = ("waiting", "connected", "running", "stopped", "quarantined", "paused")
 
 _COUNTERS: Final = ("balloon", "counters")
 

@@ -25,6 +25,7 @@ from vhostd.metrics.catalog import PER_MEM, PER_PMEM, PER_QUEUE, PER_VM, STATES,
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
+PAUSED_HELP: Final = "1: the VM is not served; its status says why."
 QUARANTINED_HELP: Final = "Queues not served because their ring is broken, until they restart."
 
 Status: TypeAlias = Mapping[str, Any]
@@ -53,6 +54,10 @@ class _Snapshot(Collector):
             for state in STATES:
                 states.add_metric((status["vm"], state), float(status["state"] == state))
         yield states
+        paused = GaugeMetricFamily("vhostd_vm_paused", PAUSED_HELP, labels=("vm",))
+        for status in self._statuses:
+            paused.add_metric((status["vm"],), float(status.get("paused") is not None))
+        yield paused
         faults = GaugeMetricFamily("vhostd_vm_quarantined_queues", QUARANTINED_HELP, labels=("vm",))
         for status in self._statuses:
             faults.add_metric((status["vm"],), float(len(status.get("faults", ()))))

@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from vhostd.fds import OwnedFd
 from vhostd.protocol.framing import Framer, Message
 from vhostd.protocol.wire import HEADER, PAYLOAD_SIZE_MAX
 from vhostd.transport.stream import Disconnected, UnixStream
@@ -57,6 +58,11 @@ class Connection:
     def hung_up(self) -> bool:
         """The peer has closed its end, or we ours; messages may still be there to be read."""
         return self._stream.hung_up
+
+    def detach(self) -> OwnedFd:
+        """Give the descriptor away, with all that lies in it; this object is closed."""
+        self._framer.close()
+        return self._stream.detach()
 
     def leave(self) -> None:
         """Close our descriptor only: somebody else goes on with the connection."""

@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -109,6 +110,15 @@ class Listener:
             sock.close()
             return None
         return cls(sock, path)
+
+    @staticmethod
+    def discard(fd: OwnedFd) -> None:
+        """Close a predecessor's socket, and remove its path: nobody serves it."""
+        with socket.socket(fileno=fd.take()) as sock:
+            path = Path(sock.getsockname())
+            with suppress(OSError):  # then it is there, and refuses whoever comes
+                if path.is_socket():
+                    path.unlink()
 
     def leave_path(self) -> None:
         """Keep the path when we close: a successor holds the same socket."""

@@ -147,6 +147,12 @@ class UnixStream:
                 self._socket.shutdown(socket.SHUT_RDWR)
         self.close()
 
+    def detach(self) -> OwnedFd:
+        """Give the descriptor away, unchanged; closed on this side."""
+        if trio.lowlevel.in_trio_run():  # else nobody can wait for it
+            trio.lowlevel.notify_closing(self._socket)
+        return OwnedFd(self._socket.detach())
+
     def close(self) -> None:
         """Close our descriptor; tasks that wait for the socket get trio.ClosedResourceError."""
         if not self.closed:

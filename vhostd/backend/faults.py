@@ -1,0 +1,54 @@
+"""What the worker found wrong on one connection, told once each. Must not know what follows."""
+
+from __future__ import annotations
+
+from vhostd import _native
+from vhostd.backend.journal import Journal
+from vhostd.backend.rings import Rings
+from vhostd.log import LogEvent
+
+
+class Faults:
+    """One connection's quarantined rings and failed discards."""
+
+    def __init__(self, native: _native.Device, rings: Rings, journal: Journal) -> None:
+        self._native = native
+        self._rings = rings
+        self._journal = journal
+        self._told: set[int] = set()
+
+    def now(self) -> dict[int, str]:
+        """Quarantined rings and what was wrong with them."""
+        return {
+            index: fault.name.lower()
+            for index in sorted(self._rings.started)
+            if (fault := self._native.ring_statistics(index).fault) is not _native.Fault.NONE
+        }
+
+    def forget_stopped(self) -> None:
+        """A ring that starts again may be told of again."""
+        self._told &= self._rings.started
+
+    def tell(self) -> None:
+        """Tell of rings that were quarantined since."""
+        for index, fault in self.now().items():
+            if index not in self._told:
+                self._told.add(index)
+                self._journal.guest_caused(
+                    (index, "fault"),
+                    LogEvent.QUEUE_QUARANTINED,
+                    queue=index,
+                    fault=fault,
+                    consequence="the queue stands still until the driver sets it up again",
+                )
+
+    def tell_discard_errors(self) -> None:
+        """Tell of discards that failed."""
+        counters = self._native.balloon_counters().as_dict()
+        self._journal.guest_caused(
+            "discard",
+            LogEvent.DISCARD_FAILED,
+            errors=counters["discard_errors"],
+            errno=counters["discard_errno"],
+            consequence="these pages stay resident on the host",
+        )
