@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -89,3 +91,26 @@ def test_the_limiter_remembers_a_bounded_number_of_keys() -> None:
         limiter.admit(key)
     assert limiter.admit(99) is None
     assert limiter.admit(0) == 0
+
+
+def test_lines_tell_the_journal_their_priority_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "journal").open("w+") as journal, (tmp_path / "file").open("w+") as file:
+        status = os.fstat(journal.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        for stream in (journal, file):
+            for log_format in ("json", "console"):
+                log.configure(log_format, stream=stream)
+                log.get_logger().info("one")
+                log.get_logger().warning("two")
+                log.get_logger().error("three")
+                logging.getLogger("library").error("four\nlines")
+            stream.flush()
+        lines = (tmp_path / "journal").read_text().splitlines()
+        priorities = "".join(line[:3] for line in lines)
+        assert priorities == "<6><4><3><3>" + "<6><4><3><3><3>"  # console: two lines are two
+        assert json.loads(lines[0][3:])["event"] == "one"
+        assert not any(
+            line.startswith("<") for line in (tmp_path / "file").read_text().splitlines()
+        )

@@ -74,11 +74,18 @@ def main() -> None:
         sys.exit(EXIT_CONFIG)
     except ConfigError as error:
         for mistake in error.mistakes:
-            print(mistake, file=sys.stderr)
+            _complain(mistake)
         sys.exit(EXIT_CONFIG)
     except VhostdError as error:
-        print(f"vhostd: {error}", file=sys.stderr)
+        _complain(f"vhostd: {error}")
         sys.exit(EXIT_FAILED)
+
+
+def _complain(line: str) -> None:
+    """Write one line to stderr; the journal is told that it is an error."""
+    from vhostd.systemd import is_journal, with_priority
+
+    print(with_priority("error", line) if is_journal(sys.stderr) else line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Log lines: their set-up, the names of the shell's events, and a limit on what guests can cause.
 
 Everything goes to stderr, one line each, through structlog; what libraries log goes the same way.
+To the journal each line tells its priority.
 Must not know what any event means. Names a device gives its events are in devices/base.py.
 """
 
@@ -15,6 +16,8 @@ from enum import StrEnum
 from typing import Any, Final, Literal, TextIO, TypeAlias
 
 import structlog
+
+from vhostd.systemd import is_journal, with_priority
 
 LogFormat: TypeAlias = Literal["json", "console"]
 Processor: TypeAlias = Callable[[Any, str, MutableMapping[str, Any]], Any]
@@ -84,7 +87,10 @@ def configure(
     stream: TextIO | None = None,
     level: int = logging.INFO,
 ) -> None:
-    """Send all log lines to `stream` (stderr); None: console on a terminal, else json."""
+    """Send all log lines to `stream` (stderr); None: console on a terminal, else json.
+
+    Lines that go to the journal tell it their priority.
+    """
     output = sys.stderr if stream is None else stream
     terminal = output.isatty()
     kind = log_format or ("console" if terminal else "json")
@@ -94,6 +100,8 @@ def configure(
         if kind == "json"
         else [_without_debug, structlog.dev.ConsoleRenderer(colors=terminal)]
     )
+    if is_journal(output):
+        final[-1] = _prefixed(final[-1])
     structlog.configure(
         processors=[*_SHARED, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -110,6 +118,14 @@ def configure(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
+
+
+def _prefixed(render: Processor) -> Processor:
+    def with_prefix(logger: object, method: str, line: MutableMapping[str, Any]) -> str:
+        level = str(line.get("level", method))
+        return with_priority(level, str(render(logger, method, line)))
+
+    return with_prefix
 
 
 def get_logger(**fields: object) -> structlog.typing.FilteringBoundLogger:

@@ -31,6 +31,10 @@ UNKNOWN_NAME: Final = "unknown"
 """What a descriptor is called when the manager named none, sd_listen_fds_with_names(3)."""
 
 
+PRIORITIES: Final = {"critical": 2, "error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7}
+"""Levels of log lines as syslog(3) numbers them."""
+
+
 class HasFileno(Protocol):
     """Whatever holds a descriptor: an OwnedFd, a socket, a file."""
 
@@ -234,6 +238,24 @@ def watchdog_interval_s(environment: Mapping[str, str], pid: int) -> float | Non
     if interval_us == 0:
         raise ConfigError("WATCHDOG_USEC: 0 is no interval")
     return interval_us / 1e6
+
+
+def is_journal(file: HasFileno | int, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a file leads straight to the journal; JOURNAL_STREAM, systemd.exec(5)."""
+    try:
+        status = os.fstat(file if isinstance(file, int) else file.fileno())
+    except OSError:  # closed, or only in memory
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def with_priority(level: str, text: str) -> str:
+    """Text whose lines tell the journal their priority; sd-daemon(3), SyslogLevelPrefix=.
+
+    level: one of PRIORITIES; any other counts as info.
+    """
+    prefix = f"<{PRIORITIES.get(level, PRIORITIES['info'])}>"
+    return "\n".join(prefix + line for line in text.split("\n"))
 
 
 def _number(environment: Mapping[str, str], key: str) -> int:

@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"control"},
     "keeper": {"systemd"},
     "handover": {"session", "systemd", "log"},
-    "control": {"metrics", "config", "log", "images"},
+    "control": {"metrics", "config", "log", "images", "systemd"},
 }  # fmt: skip
 PURE = {"protocol", "session", "devices"}
 NOT_PURE = {"trio", "cffi", "time", "socket", "asyncio", "threading"}

@@ -6,6 +6,7 @@ done. Must not know requests or which blocks are plugged.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ LOOK_INTERVAL_S: Final = 2.0
 PARTS_LOOKED_AT_MAX: Final = 65536
 """Of one look: a guest that touches every second page must not keep a processor busy. Beyond it one
 part of a block tells as much as all of them."""
+
+_BIND_REMEDY: Final = "under systemd: the drop-in host-node.conf, docs/operations.md"
 
 Perform = Callable[[Effects], None]
 
@@ -143,8 +146,9 @@ class Window:
             self._journal.log.error(
                 LogEvent.HOST_ERROR,
                 device=self._device.options.id,
-                error=f"host_node = {node}: {os.strerror(error.errno or 0)}",
+                error=f"host_node = {node}: mbind: {os.strerror(error.errno or 0)}",
                 consequence="the window takes its memory from any node",
+                remedy=_BIND_REMEDY if error.errno == errno.EPERM else None,
             )
         finally:
             whole.release()

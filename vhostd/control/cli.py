@@ -23,6 +23,7 @@ from vhostd.control.cli_common import (
     vm_argument,
 )
 from vhostd.control.cli_pmem import doctor, pmem
+from vhostd.control.cli_unit import unit_stop
 from vhostd.errors import ConfigError
 
 DEFAULT_SOCKET: Final = Path("/run/vhostd/control.sock")
@@ -212,3 +213,4 @@ def events(session: Session, follow: bool) -> None:
 
 main.add_command(pmem)
 main.add_command(doctor)
+main.add_command(unit_stop)

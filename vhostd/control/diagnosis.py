@@ -135,8 +135,9 @@ def daemon_checks(socket: str, statuses: Sequence[Mapping[str, Any]]) -> list[Ch
 _NOTHING_GIVEN_BACK: Final = {
     "pinned": "no memory is given back to the host while that device is there",
     "encrypted": "leave the size of this VM as it is",
-    "unknown": "no memory is given back until the VMM's QMP socket answers: is qmp its path, and is"
-    " no other client connected to it? QEMU serves one client of a socket at a time",
+    "unknown": "no memory is given back until the VMM's QMP socket answers: is qmp its path, is no"
+    " other client connected to it (QEMU serves one client of a socket at a time), and may vhostd"
+    " write to it (systemd: the drop-in other-owners.conf, docs/operations.md)?",
 }
 
 

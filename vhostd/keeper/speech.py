@@ -7,6 +7,8 @@ import time
 from contextlib import suppress
 from typing import Final
 
+from vhostd.systemd import is_journal, with_priority
+
 COMPLAINT_INTERVAL_S: Final = 10.0
 
 _STDERR: Final = 2
@@ -19,11 +21,14 @@ def printable(text: str) -> str:
     return clean[:_TEXT_LENGTH_MAX]
 
 
-def say(text: str) -> None:
-    """Write one line."""
+def say(text: str, level: str = "notice") -> None:
+    """Write one line; level: for the journal, one of systemd.PRIORITIES."""
+    line = f"vhostd-keeper: {text}"
+    if is_journal(_STDERR):
+        line = with_priority(level, line)
     # A log that is full or gone is no reason to let guests down.
     with suppress(OSError):
-        os.write(_STDERR, f"vhostd-keeper: {text}\n".encode(errors="replace"))
+        os.write(_STDERR, f"{line}\n".encode(errors="replace"))
 
 
 class Complaints:
@@ -46,4 +51,4 @@ class Complaints:
         self._said_s[kind] = now_s
         missed = self._suppressed.pop(kind, 0)
         more = f" ({missed} more since)" if missed else ""
-        say(f"{kind}{': ' if detail else ''}{printable(detail)}{more}")
+        say(f"{kind}{': ' if detail else ''}{printable(detail)}{more}", "warning")
