@@ -133,6 +133,8 @@ class BalloonVm:
             "usable_goal": self.goal,
             "qmp": False,
             "discards": {"allowed": True, "finding": "unchecked", "why": None},
+            "not_kept": None,
+            "kept": True,
             "paused": None,
             "paused_remedy": None,
         }

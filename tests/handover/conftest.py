@@ -16,3 +16,5 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     made = Manager(tmp_path / "notify")
     with made.socket:
         yield made
+        for store in made.stores:
+            store.leave()

@@ -24,6 +24,7 @@ class Manager:
         self.socket.setblocking(False)
         self.stored: dict[str, OwnedFd] = {}
         self.words: list[str] = []
+        self.stores: list[ManagerStore] = []
 
     def take(self) -> bool:
         """One message; False: there is none."""
@@ -49,6 +50,12 @@ class Manager:
         words, self.words = self.words, []
         return words
 
+    def lose(self) -> None:
+        """Close all of it."""
+        for fd in self.stored.values():
+            fd.close()
+        self.stored.clear()
+
     def passed(self) -> dict[str, list[OwnedFd]]:
         """What a successor gets."""
         return {name: [OwnedFd(os.dup(fd.fileno()))] for name, fd in self.stored.items()}
@@ -61,6 +68,7 @@ class Manager:
 def opened(manager: Manager, **more: str) -> ManagerStore:
     store = open_store({"NOTIFY_SOCKET": str(manager.path), "FDSTORE": "100", **more})
     assert isinstance(store, ManagerStore)
+    manager.stores.append(store)
     return store
 
 

@@ -19,8 +19,9 @@ from vhostd.devices.base import Chain, Device, Role
 from vhostd.errors import GuestError
 from vhostd.log import LogEvent
 
-CHAINS_PER_TURN_MAX: Final = 64
-"""Chains of one queue that Python serves before other queues, VMs and timers get their turn."""
+TURN_S: Final = 0.002
+"""How long Python serves chains of one device before other VMs and timers get their turn. One that
+has more waits as long as its turn took, so that it has half of the event loop at most."""
 
 
 class ChainServer:
@@ -41,18 +42,33 @@ class ChainServer:
         self._roles = roles
         self._journal = journal
         self._left = trio.Event()
+        self._first = 0  # the queue that comes first: none waits while another has ever more
 
     def serve(self) -> None:
         """Serve what waits, as much as is fair; serve_left() does the rest."""
-        for index, role in self._roles().items():
-            if HANDLER_OF[role] in CONTROL_HANDLERS:
-                self._serve_queue(index, role)
+        if not self._left.is_set():  # else it has not had its pause yet
+            self._serve_turn()
 
-    def _serve_queue(self, index: int, role: Role) -> None:
-        for _ in range(CHAINS_PER_TURN_MAX):
+    def _serve_turn(self) -> None:
+        end_s = time.perf_counter() + TURN_S
+        queues = [
+            (index, role)
+            for index, role in sorted(self._roles().items())
+            if HANDLER_OF[role] in CONTROL_HANDLERS
+        ]
+        queues.sort(key=lambda queue: queue[0] < self._first)
+        for index, role in queues:
+            if not self._serve_queue(index, role, end_s):
+                self._first = index + 1
+                self._left.set()
+                return
+
+    def _serve_queue(self, index: int, role: Role, end_s: float) -> bool:
+        """Whether it has no more, and there is time for another."""
+        while time.perf_counter() < end_s:
             taken = self._native.take_chain(index)
             if taken is None:
-                return
+                return True
             chain = Chain(
                 queue_index=index,
                 role=role,
@@ -73,12 +89,12 @@ class ChainServer:
                 )
             else:
                 self._effects.perform(effects)
-        self._left.set()
+        return False
 
     async def serve_left(self) -> None:
         """Serve what one turn left over, until cancelled."""
         while True:
             await self._left.wait()
+            await trio.sleep(TURN_S)
             self._left = trio.Event()
-            self.serve()
-            await trio.lowlevel.checkpoint()
+            self._serve_turn()

@@ -10,10 +10,11 @@ from typing import Final
 import msgspec
 
 from vhostd.backend.lasting import Lasting
-from vhostd.devices.base import Device
+from vhostd.devices.base import Device, LargeState
 from vhostd.devices.verdict import Verdict
 from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import DeviceKeeping, FdStore, NoStore
+from vhostd.handover.large_state import LargeMemfd
 from vhostd.handover.state_memfd import StateMemfd, StateTooLarge
 from vhostd.handover.vm_record import (
     VERSION,
@@ -33,11 +34,17 @@ CAPACITY_FIRST: Final = 16384
 """Bytes; a balloon and a virtio-mem device of a few hundred runs need some 4 KiB."""
 
 
+def large_role(device: str) -> str:
+    """What a device's large state is called among what is kept of its VM."""
+    return f"large.{device}"
+
+
 class VmKeeping:
     """A VM's state memfd, and the descriptors that are no single device's.
 
     Attributes:
         store: where descriptors are kept.
+        vm_name: whose it is.
         active: what happens is recorded, if there is a store.
         lasting: what outlives the host; None: nothing does.
         left: connections of a paused VM, which a successor goes on with.
@@ -59,11 +66,12 @@ class VmKeeping:
         self.hung_up = False
         self._paused = False
         self._of_devices: list[DeviceKeeping] = []
-        self._vm_name = vm_name
+        self.vm_name = vm_name
         self._wide = DeviceKeeping(store, vm_name)
         self._devices: dict[str, msgspec.Raw] = {}
         self._goal: tuple[int, int, bool] | None = None
         self._verdict: tuple[str, str] | None = None
+        self._large: dict[str, LargeMemfd] = {}
         self._memfd = adopted
         if adopted is not None:
             self._wide.adopt(STATE)
@@ -74,6 +82,11 @@ class VmKeeping:
         self._goal = record.goal
         self._verdict = record.verdict
 
+    def adopt_large(self, name: str, memfd: LargeMemfd) -> None:
+        """A predecessor's, with the changes of its record made; ours from here on."""
+        self._large[name] = memfd
+        self._wide.adopt(large_role(name))
+
     @classmethod
     def none(cls) -> VmKeeping:
         """Nobody keeps anything."""
@@ -81,7 +94,7 @@ class VmKeeping:
 
     def of_device(self, device: str) -> DeviceKeeping:
         """Where the descriptors of a device go."""
-        keeping = DeviceKeeping(self.store, self._vm_name, device)
+        keeping = DeviceKeeping(self.store, self.vm_name, device)
         self._of_devices.append(keeping)
         return keeping
 
@@ -105,9 +118,26 @@ class VmKeeping:
         """
         if self.lasting is not None:
             self.lasting.note(name, device.lasting())
-        if self.active and self.store.working:
-            self._devices[name] = encode_device(DeviceRecord(device.save(), session, owed))
-            self._write(next_event)
+        large = device.large_state
+        changes = None if large is None else large.take_changes()
+        if not (self.active and self.store.working):
+            return
+        if large is None or changes is None:
+            record = DeviceRecord(device.save(), session, owed)
+        else:
+            if name not in self._large:
+                self._begin_large(name, large)
+            record = DeviceRecord(large.save_rest(), session, owed, changes)
+        self._devices[name] = encode_device(record)
+        self._write(next_event)
+        if changes:
+            self._large[name].change(changes)
+
+    def _begin_large(self, name: str, large: LargeState) -> None:
+        # Before a record says that it is there. One that does not is whole without it.
+        memfd = LargeMemfd.create(f"vhostd-{self.vm_name}-{name}", large.content())
+        self._wide.keep(large_role(name), memfd.fileno())
+        self._large[name] = memfd
 
     def commit_goal(self, goal: tuple[int, int, bool] | None, next_event: int) -> None:
         """Record what `memory set` is after."""
@@ -133,7 +163,7 @@ class VmKeeping:
         self._paused = True
         for device in self._of_devices:
             device.forget(LISTEN)
-        self.store.leave_vm(self._vm_name)
+        self.store.leave_vm(self.vm_name)
 
     def leave_connection(self, connection: Connection) -> None:
         """A VMM's connection did not end by itself: let go of it, and have it kept if it is."""
@@ -148,10 +178,10 @@ class VmKeeping:
 
     def _write(self, next_event: int) -> None:
         payload = encode(
-            VmRecord(VERSION, self._vm_name, self._devices, self._goal, next_event, self._verdict)
+            VmRecord(VERSION, self.vm_name, self._devices, self._goal, next_event, self._verdict)
         )
         if self._memfd is None:
-            self._replace(StateMemfd.create(f"vhostd-{self._vm_name}", CAPACITY_FIRST))
+            self._replace(StateMemfd.create(f"vhostd-{self.vm_name}", CAPACITY_FIRST))
         assert self._memfd is not None, "made above"
         try:
             self._memfd.write(payload)

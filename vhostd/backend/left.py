@@ -11,13 +11,14 @@ import socket
 import msgspec
 
 from vhostd import _native
-from vhostd.backend.keeping import STATE
+from vhostd.backend.keeping import STATE, large_role
 from vhostd.devices.base import Device, JsonObject
 from vhostd.devices.verdict import Verdict
 from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import VM_WIDE, DeviceKeeping, FdStore
 from vhostd.handover.kept_fds import KeptFds
-from vhostd.handover.state_memfd import StateMemfd
+from vhostd.handover.large_state import LargeMemfd
+from vhostd.handover.state_memfd import StateDamaged, StateMemfd
 from vhostd.handover.vm_record import DeviceRecord, VmRecord, decode, decode_device
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.session.state import SessionState
@@ -100,6 +101,22 @@ class VmLeft:
             return msgspec.convert(self.record.verdict, Verdict | None)
         except msgspec.ValidationError:
             return None  # of a release that knows more findings: it is asked for again
+
+    def large_state(self, vm_name: str, name: str) -> LargeMemfd | None:
+        """A device's large state, as its record says it is; None: it had none.
+
+        Raises:
+            StateDamaged: it was not kept, or is none.
+        """
+        record = self._devices.get(name)
+        if record is None or record.changes is None:
+            return None
+        fd = self._kept.take(f"{vm_name}/{VM_WIDE}/{large_role(name)}")
+        if fd is None:
+            raise StateDamaged(f"{name}: a part of its state was not kept")
+        memfd = LargeMemfd.adopt(fd)
+        memfd.change(record.changes)
+        return memfd
 
     def of(self, name: str, names: DeviceKeeping) -> Left | None:
         """What was left of a device's connection, if it had one."""

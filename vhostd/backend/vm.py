@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from vhostd.backend.beginning import begin
 from vhostd.backend.configured import balloon_of, find, mem_of, pmem_of, policy_of
 from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
@@ -28,7 +29,6 @@ from vhostd.devices.base import Device, Effects, Event, GuestRange, Refused
 from vhostd.devices.mem import Mem
 from vhostd.devices.memory_plan import MemoryGoal, MemRoom, boot_memory_size, plan_memory
 from vhostd.devices.pmem import Pmem
-from vhostd.log import LogEvent
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
@@ -86,7 +86,7 @@ class Vm:
         }
         policies = {pmem.id: policy_of(pmem) for pmem in config.pmems}
         for name, device in devices.items():
-            self._begin(name, device)
+            begin(name, device, left, keeping, journal)
         self.machine = self._begin_machine(keeping, next_event)
         shared = self._surroundings(keeping, next_event)
         self._seats = {
@@ -125,24 +125,6 @@ class Vm:
             self._journal,
             None if self._left is None else self._left.verdict,
         )
-
-    def _begin(self, name: str, device: Device) -> None:
-        """Have a device go on where it was, as far as anybody knows."""
-        if self._left is not None and (saved := self._left.device(name)) is not None:
-            device.load(saved)
-            return
-        lasting = self._keeping.lasting
-        if lasting is None or (lasted := lasting.of(name)) is None:
-            return
-        try:
-            device.recall(lasted)
-        except ValueError as error:
-            self._journal.log.error(
-                LogEvent.STATE_SET_ASIDE,
-                device=name,
-                error=str(error),
-                consequence="the device begins as it is configured",
-            )
 
     def _surroundings(self, keeping: VmKeeping, next_event: Callable[[], int]) -> Surroundings:
         has_shmem = any(pmem.shmem_region_sizes for pmem in self.pmems.values())

@@ -277,6 +277,8 @@ class Balloon:
 
     # -- for a successor, and for people -------------------------------------------------------
 
+    large_state = None
+
     def save(self) -> JsonObject:
         hinting, statistics = self.hinting, self.statistics
         state = BalloonState(

@@ -225,6 +225,27 @@ Effects: TypeAlias = Sequence[Effect]
 """To be performed in this order."""
 
 
+class LargeState(Protocol):
+    """State of which a small part changes at a time: kept as bytes, each 0 or 1, beside save()."""
+
+    def save_rest(self) -> JsonObject:
+        """What Device.save() says, without this."""
+
+    def take_changes(self) -> list[tuple[int, int, int]]:
+        """What changed since this was last called, in order: first byte, how many, what they are
+        now."""
+
+    def content(self) -> bytes:
+        """The whole of it."""
+
+    def load_content(self, content: bytes) -> None:
+        """Become what content() said; called after Device.load().
+
+        Raises:
+            ValueError: it is none of this device.
+        """
+
+
 class Device(Protocol):
     """One virtio device without its transport.
 
@@ -300,6 +321,10 @@ class Device(Protocol):
 
     def on_disconnected(self) -> None:
         """The VMM is gone, and its guest with it; no effect can be performed any more."""
+
+    @property
+    def large_state(self) -> LargeState | None:
+        """What of save() is too large to be saved each time; None: nothing."""
 
     def save(self) -> JsonObject:
         """What a successor process needs, as plain data."""

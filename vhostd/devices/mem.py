@@ -7,6 +7,7 @@ the window's memory are effects, and an answer that must wait for one of them is
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 
 import msgspec
 
@@ -36,7 +37,7 @@ from vhostd.devices.mem_request import (
     mem_feature_names,
 )
 from vhostd.devices.mem_standing import Progress, standing
-from vhostd.devices.mem_state import MemState, decode, decode_lasting, decode_runs
+from vhostd.devices.mem_state import KeptBlocks, MemState, decode, decode_lasting, decode_runs
 from vhostd.devices.mem_violations import RUNS_TOLD_MAX
 from vhostd.devices.mem_window import LARGE_GUEST_SIZE, MemOptions
 from vhostd.devices.verdict import Verdict
@@ -293,15 +294,29 @@ class Mem:
 
     def save(self) -> JsonObject:
         blocks = self._blocks
+        return {
+            **self._save_rest(),
+            "plugged": [list(run) for run in blocks.plugged.runs()],
+            "withheld": [list(run) for run in blocks.withheld.runs()],
+        }
+
+    @property
+    def large_state(self) -> KeptBlocks:
+        """Which blocks are plugged, and which are withheld."""
+        return KeptBlocks(self._blocks.plugged, self._blocks.withheld, self._save_rest)
+
+    def _save_rest(self) -> JsonObject:
+        """What save() says, without the blocks."""
+        blocks = self._blocks
         state = MemState(
             size=self.options.size,
             block_size=self.options.block_size,
             requested_size=self.requested_size,
             usable_size=blocks.usable_size,
-            plugged=list(blocks.plugged.runs()),
+            plugged=[],
             recent=blocks.answers.recent,
             violations=blocks.watch.violations,
-            withheld=list(blocks.withheld.runs()),
+            withheld=[],
         )
         plain: JsonObject = msgspec.to_builtins(state)
         return plain
@@ -310,8 +325,8 @@ class Mem:
         state = decode(saved, self.options)
         blocks = self._blocks
         # What was to be discarded is found again when the window is swept.
-        blocks.plugged = decode_runs(state.plugged, self.options.block_count)
-        blocks.withheld = decode_runs(state.withheld, self.options.block_count)
+        blocks.plugged.load(decode_runs(state.plugged, self.options.block_count).content())
+        blocks.withheld.load(decode_runs(state.withheld, self.options.block_count).content())
         blocks.requested_size, blocks.usable_size = state.requested_size, state.usable_size
         blocks.watch.violations = state.violations
         blocks.answers.recent = state.recent
@@ -335,7 +350,7 @@ class Mem:
     def status(self, counters: Mapping[str, int], now_s: float) -> JsonObject:
         """Sizes in bytes; blocks are [first, count]."""
         options, blocks = self.options, self._blocks
-        offending = list(blocks.watch.offending.runs())
+        offending = list(islice(blocks.watch.offending.runs(), RUNS_TOLD_MAX))
         return {
             "id": options.id,
             "size": options.size,
@@ -346,7 +361,7 @@ class Mem:
             "node": options.node,
             "violations": blocks.watch.violations,
             "violating_size": blocks.watch.size,
-            "violating_blocks": [list(run) for run in offending[:RUNS_TOLD_MAX]],
+            "violating_blocks": [list(run) for run in offending],
             "on_violation": options.on_violation.value,
             "address": options.address,
             "window": blocks.missing_window is None,

@@ -23,7 +23,7 @@ from vhostd.devices.base import (
     PublishConfig,
 )
 from vhostd.devices.mem_answers import Answers
-from vhostd.devices.mem_blocks import BlockSet, Run
+from vhostd.devices.mem_blocks import BlockSet, RecordedBlocks, Run
 from vhostd.devices.mem_request import (
     SIZES,
     SIZES_OFFSET,
@@ -66,12 +66,12 @@ class Plugging:
         self.requested_size = options.requested_size
         self.verdict = Verdict()
         self.missing_window: str | None = options.missing(())
-        self.withheld = BlockSet(options.block_count)
+        self.withheld = RecordedBlocks(options.block_count)
         self.large_guest = False
         self.usable_size = self.wanted_usable_size
         self.answers = Answers()
         self.watch = ViolationWatch(options.block_count)
-        self.plugged = BlockSet(options.block_count)
+        self.plugged = RecordedBlocks(options.block_count)
         self.awaiting_discard = BlockSet(options.block_count)
         self.discard_errors = 0
         self._populating = BlockSet(options.block_count)

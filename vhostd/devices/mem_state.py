@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from vhostd.devices.base import JsonObject
 from vhostd.devices.mem_answers import Executed
-from vhostd.devices.mem_blocks import BlockSet, Run
+from vhostd.devices.mem_blocks import Change, RecordedBlocks, Run
 from vhostd.devices.mem_window import MemOptions
 
 
@@ -67,15 +67,52 @@ def decode(saved: JsonObject, options: MemOptions) -> MemState:
     return state
 
 
-def decode_runs(runs: Sequence[Run], block_count: int) -> BlockSet:
+def decode_runs(runs: Sequence[Run], block_count: int) -> RecordedBlocks:
     """The set that was saved as runs.
 
     Raises:
         ValueError: some lie outside the window.
     """
-    result = BlockSet(block_count)
+    result = RecordedBlocks(block_count)
     for first, count in runs:
         if first < 0 or count < 1 or first + count > block_count:
             raise ValueError("saved blocks lie outside the window")
         result.add(first, count)
     return result
+
+
+class KeptBlocks:
+    """Which blocks are plugged and which are withheld, beside the rest (base.LargeState).
+
+    The bytes: one for each block, 1 if it is plugged; then one for each, 1 if it is withheld.
+    """
+
+    def __init__(
+        self,
+        plugged: RecordedBlocks,
+        withheld: RecordedBlocks,
+        save_rest: Callable[[], JsonObject],
+    ) -> None:
+        """save_rest: what else a successor needs."""
+        self._plugged = plugged
+        self._withheld = withheld
+        self.save_rest = save_rest
+
+    def take_changes(self) -> list[Change]:
+        """See base.LargeState."""
+        behind = len(self._plugged)
+        withheld = self._withheld.take_changes()
+        return [
+            *self._plugged.take_changes(),
+            *((behind + first, count, value) for first, count, value in withheld),
+        ]
+
+    def content(self) -> bytes:
+        """See base.LargeState."""
+        return self._plugged.content() + self._withheld.content()
+
+    def load_content(self, content: bytes) -> None:
+        """See base.LargeState."""
+        count = len(self._plugged)
+        self._plugged.load(content[:count])
+        self._withheld.load(content[count:])

@@ -251,6 +251,8 @@ class Pmem:
 
     # -- for a successor, and for people -------------------------------------------------------
 
+    large_state = None
+
     def save(self) -> JsonObject:
         return encode(self.failure, self._totals)
 

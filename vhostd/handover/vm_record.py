@@ -12,10 +12,10 @@ import msgspec
 from vhostd.handover.state_memfd import StateDamaged, StateVersionUnknown
 from vhostd.session.state import SessionState
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of VmRecord; a release reads its own and the one before."""
 
-VERSIONS_READ: Final = (1,)
+VERSIONS_READ: Final = (1, 2)
 
 
 class Owed(msgspec.Struct, frozen=True, array_like=True):
@@ -33,11 +33,15 @@ class Owed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DeviceRecord(msgspec.Struct, frozen=True):
-    """One device; session and owed are of its connection, None where there is none."""
+    """One device; session and owed are of its connection, None where there is none.
+
+    changes: what is to be made of its large state, which may be done already; None: it has none.
+    """
 
     device: dict[str, Any]
     session: SessionState | None = None
     owed: Owed | None = None
+    changes: list[tuple[int, int, int]] | None = None
 
 
 class VmRecord(msgspec.Struct, frozen=True):
