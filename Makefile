@@ -16,7 +16,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 BUILD_INPUTS := pyproject.toml Makefile $(wildcard c_src/*.[ch]) vhostd/_native/build.py
 PYTEST_FLAGS ?=
-UNIT_TESTS := $(addprefix tests/,protocol session devices transport backend images fakes tidy) \
+UNIT_TESTS := $(addprefix tests/,protocol session devices transport memory backend images fakes tidy) \
 	$(addprefix tests/test_,$(addsuffix .py,config units log qmp systemd))
 FUZZ_SECONDS ?= 60
 

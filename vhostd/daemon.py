@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -60,21 +60,28 @@ class Daemon:
         """Take in a VM of the configuration file, and serve it if that can be."""
         journal = self._journal(config.name)
         vm = SupervisedVm(config.name, KeptHome(config, self._shared, journal), journal)
+        self._expect_images(config.name, [pmem.file for pmem in config.pmems])
         self._begin(vm, self._legacy.paused.get(config.name))
 
     def add_absent(self, name: str, why: Pause, *, stays: bool) -> None:
         """Take in a VM that can't be served. stays: also when its VMM has gone."""
+        self._expect_images(name, [])
         home = NoHome(name, self._legacy, why, stays=stays)
         self._begin(SupervisedVm(name, home, self._journal(name)), why)
 
     def add_single(self, config: VmConfig, source: Source) -> None:
         """Take in the one VM of this process."""
         journal = self._journal(config.name)
+        self._expect_images(config.name, [pmem.file for pmem in config.pmems])
         home = SingleHome(config, source, self._shared, journal)
         self._begin(SupervisedVm(config.name, home, journal), None)
 
     def _journal(self, name: str) -> Journal:
         return Journal(name, self._limiter, self.events.publish)
+
+    def _expect_images(self, name: str, paths: Sequence[Path]) -> None:
+        kept = self._legacy.kept.borrow(name, "image")
+        self._shared.registry.images.expect(name, paths, kept)
 
     def _begin(self, vm: SupervisedVm, why: Pause | None) -> None:
         self._vms[vm.name] = vm
@@ -99,6 +106,7 @@ class Daemon:
         if vm.single and vm.paused is not None:
             raise HostError(vm.paused.reason)
         del self._vms[vm.name]
+        self._shared.registry.images.forget(vm.name)
 
     async def settle(self) -> None:
         """Wait until nothing more is wanted of what a predecessor left."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trio
 
 from tests.daemon import VhostdProcess
 from tests.fakes.balloon import BalloonDriver
+from tests.fakes.channel import ConnectionLost
 from tests.fakes.frontend import FrontEnd
 from tests.fakes.machine import Machine, Setup
 from tests.fakes.memory import MIB, PAGE_SIZE
@@ -187,3 +190,99 @@ async def test_a_balloon_punches_no_hole_into_an_image(mode: str, tmp_path: Path
         assert image.read_bytes() == content
         assert image.stat().st_blocks * 512 == IMAGE_SIZE
     assert status["inflated"] == PAGE_SIZE
+
+
+CONFIG = """
+[vm.a.balloon]
+stats_interval_s = 0
+[vm.b.balloon]
+stats_interval_s = 0
+[[vm.b.mem]]
+id = "mem0"
+window_address = 0x300000000
+size = "64MiB"
+[[vm.b.pmem]]
+id = "disk0"
+file = "{image}"
+size = {size}
+mode = "window"
+window_address = 0x240000000
+"""
+CONTENT = b"\xab" * IMAGE_SIZE
+
+
+def named_as_memory(socket: Path, file: Path) -> None:
+    """A VMM names a file as memory, and its guest gives up a page of it to the balloon."""
+    with Machine.boot(socket, Setup()) as machine:
+        fd = os.open(file, os.O_RDWR)
+        region = WireRegion(IMAGE_ADDRESS, IMAGE_SIZE, IMAGE_ADDRESS, 0)
+        answer = machine.front.add_mem_reg(region, fd)
+        os.close(fd)
+        BalloonDriver(machine).inflate([IMAGE_ADDRESS // PAGE_SIZE])
+    assert answer == 0
+
+
+@pytest.mark.parametrize("vm", ["a", "b"], ids=["of another VM", "of the same VM"])
+async def test_a_balloon_never_punches_a_disk_that_waits_for_its_vmm(
+    vm: str, tmp_path: Path
+) -> None:
+    with memory_folder() as fast:
+        image = fast / "image"
+        image.write_bytes(CONTENT)
+        config = CONFIG.format(image=image, size=IMAGE_SIZE)
+        async with VhostdProcess.start(tmp_path, config) as daemon:
+            await trio.to_thread.run_sync(named_as_memory, tmp_path / f"{vm}-balloon.sock", image)
+            assert image_maps(daemon.process.pid, image) == []
+        assert image.read_bytes() == CONTENT
+
+
+CONTRADICTED = CONFIG.replace("64MiB", "128MiB")
+NOT_DESCRIBED = CONFIG[: CONFIG.index("[vm.b")]
+
+
+@pytest.mark.parametrize("later", [CONTRADICTED, NOT_DESCRIBED], ids=["contradicted", "gone"])
+async def test_a_balloon_never_punches_a_disk_of_a_vm_that_is_paused(
+    later: str, tmp_path: Path
+) -> None:
+    with memory_folder() as fast:
+        image = fast / "image"
+        image.write_bytes(CONTENT)
+        names = {"image": image, "size": IMAGE_SIZE}
+        async with VhostdProcess.start(tmp_path, CONFIG.format(**names), "--keep") as daemon:
+            with FrontEnd.connect(tmp_path / "b-disk0.sock") as disk:
+                await trio.to_thread.run_sync(disk.get_features)
+                await daemon.ctl("mem", "resize", "b", "32M")
+                (tmp_path / "vhostd.toml").write_text(later.format(**names))
+                before = daemon.worker
+                os.kill(before, signal.SIGKILL)
+                await daemon.replaced(before, "a")
+                assert (await daemon.status("b"))["state"] == "paused"
+                await trio.to_thread.run_sync(named_as_memory, tmp_path / "a-balloon.sock", image)
+                assert image_maps(daemon.worker, image) == []
+        assert image.read_bytes() == CONTENT
+
+
+async def test_a_file_that_is_memory_already_does_not_become_a_disk(tmp_path: Path) -> None:
+    with memory_folder() as fast:
+        first, ram, link = fast / "first", fast / "ram", fast / "disk"
+        for file in (first, ram):
+            file.write_bytes(CONTENT)
+        link.symlink_to(first)
+        config = CONFIG.format(image=link, size=IMAGE_SIZE)
+        async with VhostdProcess.start(tmp_path, config) as daemon:
+            with Machine.boot(tmp_path / "a-balloon.sock", Setup()) as machine:
+                fd = os.open(ram, os.O_RDWR)
+                region = WireRegion(IMAGE_ADDRESS, IMAGE_SIZE, IMAGE_ADDRESS, 0)
+                assert await trio.to_thread.run_sync(machine.front.add_mem_reg, region, fd) == 0
+                os.close(fd)
+                assert image_maps(daemon.process.pid, ram), "that it is not memory shows nothing"
+                link.unlink()
+                link.symlink_to(ram)
+                with FrontEnd.connect(tmp_path / "b-disk0.sock") as disk, suppress(ConnectionLost):
+                    await trio.to_thread.run_sync(disk.get_features)
+                (pmem,) = (await daemon.status("b"))["pmem"]
+                assert "guest memory of VM 'a'" in pmem["refused"]
+            link.unlink()
+            link.symlink_to(first)
+            with FrontEnd.connect(tmp_path / "b-disk0.sock") as disk:
+                await trio.to_thread.run_sync(disk.get_features)

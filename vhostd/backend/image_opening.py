@@ -29,6 +29,19 @@ def open_for(options: PmemOptions, left: Left | None) -> OpenImage:
     return open_image(path, options.size, readonly=options.readonly)
 
 
+def refuse_memory(opened: OpenImage, owner: str | None) -> None:
+    """See to it that an image is not mapped as guest memory; owner: of what VM it is, if it is.
+
+    Raises:
+        ImageUnusable: it is.
+    """
+    if owner is not None:
+        raise ImageUnusable(
+            f"{opened.path}: is mapped as guest memory of VM {owner!r}, whose VMM named it before"
+            " it was a disk; restart that VM"
+        )
+
+
 def native_image(opened: OpenImage, left: Left | None) -> _native.Image:
     """The native side of an open image, with what a predecessor knew of its syncs.
 

@@ -133,7 +133,7 @@ class VmLeft:
         """Map the VM's memory files, with what is known of the balloon in them.
 
         Raises:
-            OSError: it can't be.
+            HostError: it can't be.
         """
         prefix = f"{vm_name}/{VM_WIDE}/"
         for name in self._kept.names(prefix + "memory."):

@@ -147,7 +147,7 @@ class DeviceMemory:
             identity = (region.device, region.inode)
             slots[region.announced] = self._registry.hold_known(
                 self._vm_name, identity, region.guest_addr, region.size, region.file_offset
-            ) or UnmappedRegion(identity, is_image=self._registry.is_image(identity))
+            ) or UnmappedRegion(identity, is_image=identity in self._registry.images)
         await self._install(slots)
         self._slots = slots
 

@@ -18,7 +18,7 @@ import trio
 
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
-from vhostd.backend.image_opening import native_image, open_for
+from vhostd.backend.image_opening import native_image, open_for, refuse_memory
 from vhostd.backend.journal import Journal
 from vhostd.backend.left import Left
 from vhostd.backend.memory_table import DeviceMemory
@@ -116,9 +116,10 @@ class Storage:
             ImageUnusable: it can't be served, for want of memory or descriptors too.
         """
         opened = await self._in_thread(lambda: open_for(self._device.options, left))
-        self._registry.add_image(opened.identity)
-        self._device.refused_image = None
+        self._registry.images.opened(opened.identity)
         try:
+            refuse_memory(opened, self._registry.memory_owner(opened.identity))
+            self._device.refused_image = None
             self._image = native_image(opened, left)
             self._kept.keep("image", opened.file.fileno(), apart=True)
             self._kept.keep("witness", opened.witness.fileno(), apart=True)
@@ -141,7 +142,7 @@ class Storage:
                     self._native.set_image(None)
             self._open, image, self._image = None, self._image, None
             await self._let_go(opened, image)
-            self._registry.remove_image(opened.identity)
+            self._registry.images.closed(opened.identity)
             self._device.add_counters(self.flush_counters())
             self._counted = True
 

@@ -180,6 +180,12 @@ class KeptFds:
         names = [] if vm is None else [f"{vm.name}/{role}" for role in vm.entries]
         return [name for name in names if name.startswith(prefix)]
 
+    def borrow(self, vm_name: str, role: str) -> list[int]:
+        """Descriptors that all devices of a VM have of this role, outside its bundle; not taken."""
+        vm = self._vms.get(vm_name)
+        apart = {} if vm is None else vm.apart
+        return [fd.fileno() for name, fd in apart.items() if name.rpartition("/")[2] == role]
+
     def drop(self, vm_name: str) -> None:
         """Close what nobody took of a VM; it goes on being kept."""
         if (vm := self._vms.get(vm_name)) is not None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from vhostd._native import FileIdentity, Mapping, Region, identify_file
-from vhostd.errors import FrontendError
+from vhostd.errors import FrontendError, HostError
 from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import VM_WIDE, FdStore, NoStore
+from vhostd.memory.image_files import ImageFiles
 from vhostd.units import BALLOON_PAGE_SIZE
 
 _MAPPING_THREADS_MAX = 64
@@ -25,6 +26,16 @@ _MAPPING_THREADS_MAX = 64
 FILES_PER_VM_MAX: Final = 128
 """A VM's quota: a successor gets each file, and its bitmap. QEMU has one for each DIMM, node and
 window."""
+
+ADOPT_TIMEOUT_S: Final = 0.25
+"""How long a take-over waits until disks are known: no other VM's storage may hold it up. A disk
+that is found later, and is memory by then, is refused as a disk."""
+
+_WHY_NOT_AGAIN: Final = {
+    errno.ENODATA: "the VMM has truncated its file to nothing",
+    errno.EPROTO: "the VMM has changed the size of its file",
+}
+"""What Mapping says of a file that a predecessor had mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +121,9 @@ class MemoryRegistry:
 
     A file that another VM already owns is refused: two guests that share RAM would have their
     discards hit each other (and an attacker's VMM could pass a neighbour's file).
+
+    Attributes:
+        images: files that are never mapped here.
     """
 
     def __init__(self, store: FdStore | None = None) -> None:
@@ -117,7 +131,7 @@ class MemoryRegistry:
         self._store = NoStore() if store is None else store
         self._adopted: list[_MemoryFile] = []
         self._files: dict[tuple[int, int], _MemoryFile] = {}
-        self._images: Counter[tuple[int, int]] = Counter()
+        self.images = ImageFiles()
         # Mapping a large file takes a moment: its VM waits then, not the event loop.
         self._threads = trio.CapacityLimiter(_MAPPING_THREADS_MAX)
 
@@ -125,19 +139,10 @@ class MemoryRegistry:
         """Files mapped now."""
         return len(self._files)
 
-    def add_image(self, identity: tuple[int, int]) -> None:
-        """This file (st_dev, st_ino) is a disk image; several devices may have it."""
-        self._images[identity] += 1
-
-    def remove_image(self, identity: tuple[int, int]) -> None:
-        """One device less that has it."""
-        self._images[identity] -= 1
-        if self._images[identity] == 0:
-            del self._images[identity]
-
-    def is_image(self, identity: tuple[int, int]) -> bool:
-        """Whether this file is known to be a disk image."""
-        return identity in self._images
+    def memory_owner(self, identity: tuple[int, int]) -> str | None:
+        """The VM whose guest memory this file is; None: it is not mapped."""
+        file = self._files.get(identity)
+        return None if file is None else file.owner
 
     async def hold(self, owner: str, request: RegionRequest) -> HeldRegion | UnmappedRegion:
         """Map the region's file for the VM `owner`, unless it is mapped, and keep it mapped.
@@ -150,7 +155,9 @@ class MemoryRegistry:
         """
         found = _identify(request.file)
         identity = (found.device, found.inode)
-        if identity in self._images:
+        if identity not in self._files:
+            await self.images.look(owner)  # before it is mapped
+        if identity in self.images:
             return UnmappedRegion(identity, is_image=True)
         if not stat.S_ISREG(found.mode) or found.size == 0:
             raise FrontendError("memory region: its descriptor is no memory file")
@@ -158,7 +165,7 @@ class MemoryRegistry:
         if file is None:
             file = await self._map(owner, identity, request.file)
         if file is None:
-            return UnmappedRegion(identity, is_image=False)
+            return UnmappedRegion(identity, is_image=identity in self.images)
         if file.owner != owner:
             raise FrontendError(f"memory region: its file is the memory of VM {file.owner!r}")
         try:
@@ -169,7 +176,7 @@ class MemoryRegistry:
                 self._forget(file)
 
     async def _map(self, owner: str, identity: tuple[int, int], fd: OwnedFd) -> _MemoryFile | None:
-        """Map a file; None: it is of neither shmem nor hugetlbfs."""
+        """Map a file; None: it is of neither shmem nor hugetlbfs, or has become a disk."""
         if sum(file.owner == owner for file in self._files.values()) >= FILES_PER_VM_MAX:
             raise FrontendError(
                 f"memory region: this VM has {FILES_PER_VM_MAX} memory files already, and no more"
@@ -182,6 +189,9 @@ class MemoryRegistry:
                 return None
             reason = os.strerror(error.errno or 0)
             raise FrontendError(f"memory region: its file cannot be mapped: {reason}") from error
+        if identity in self.images:
+            mapping.close()
+            return None
         # Another device of the same VM may have mapped it while we were in the thread.
         file = self._files.setdefault(identity, _MemoryFile(identity, owner, mapping))
         if file.mapping is not mapping:
@@ -194,26 +204,41 @@ class MemoryRegistry:
     async def adopt(self, owner: str, fd: OwnedFd, bitmap: OwnedFd | None) -> None:
         """Map a file that a predecessor had for the VM `owner`; settle() lets go of it.
 
+        One that is a disk is not mapped again.
+
         Args:
             fd: the file; bitmap: its pages in the balloon, None: not known any more. Both are
                 closed.
 
         Raises:
-            OSError: it can't be mapped.
+            HostError: it can't be mapped any more.
         """
-        with fd:
+        await self.images.look(owner, ADOPT_TIMEOUT_S)
+        with fd, nullcontext() if bitmap is None else bitmap:
+            identity, mapping = await self._map_again(fd, bitmap)
+        file = _MemoryFile(identity, owner, mapping, users=1)
+        if identity in self.images:
+            self._store.forget(owner, [file.name("memory"), file.name("bitmap")])
+            mapping.close()
+            return
+        self._files[identity] = file
+        if bitmap is None:
+            self._store.keep(file.name("bitmap"), mapping.given_up_fd)
+        self._adopted.append(file)
+
+    async def _map_again(
+        self, fd: OwnedFd, bitmap: OwnedFd | None
+    ) -> tuple[tuple[int, int], Mapping]:
+        given_up = -1 if bitmap is None else bitmap.fileno()
+        try:
             found = identify_file(fd.fileno())
-            given_up = -1 if bitmap is None else bitmap.fileno()
             mapping = await trio.to_thread.run_sync(
                 lambda: Mapping(fd.fileno(), given_up), limiter=self._threads
             )
-        identity = (found.device, found.inode)
-        file = self._files[identity] = _MemoryFile(identity, owner, mapping, users=1)
-        if bitmap is None:
-            self._store.keep(file.name("bitmap"), mapping.given_up_fd)
-        else:
-            bitmap.close()
-        self._adopted.append(file)
+        except OSError as error:
+            reason = _WHY_NOT_AGAIN.get(error.errno or 0) or os.strerror(error.errno or 0)
+            raise HostError(error.errno, f"guest memory can't be mapped again: {reason}") from error
+        return (found.device, found.inode), mapping
 
     def settle(self, owner: str) -> None:
         """What was adopted for this VM and nobody holds by now is let go of."""

@@ -1,0 +1,1 @@
+"""The memory room: guest memory files and what is none, on real files."""
