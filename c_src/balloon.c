@@ -330,7 +330,8 @@ static void add_to_run(struct vhd_balloon *balloon, struct run *run, vhd_mapping
 
 /* One reported range, split at region borders; what is no guest memory is skipped and counted. */
 static void report_range(struct vhd_balloon *balloon, const struct vhd_table *table,
-                         struct run *run, uint64_t guest_addr, uint64_t size, bool keep)
+                         struct run *run, uint64_t guest_addr, uint64_t size, bool withheld,
+                         bool poisoned)
 {
     if (guest_addr > UINT64_MAX - size) {
         count(&balloon->counters->reports_refused, 1);
@@ -347,7 +348,9 @@ static void report_range(struct vhd_balloon *balloon, const struct vhd_table *ta
         skip = guest_addr - region->guest_addr;
         piece = region->size - skip < size ? region->size - skip : size;
         count(&balloon->counters->reported_size, piece);
-        if (!keep) {
+        if (withheld || region->preallocated) {
+            count(&balloon->counters->withheld_size, piece);
+        } else if (!poisoned) {
             if (balloon->log != NULL)
                 (void)vhd_log_mark(balloon->log, guest_addr, piece);
             add_to_run(balloon, run, region->mapping, region->file_offset + skip, piece);
@@ -370,17 +373,14 @@ int vhd_balloon_report(struct vhd_balloon *balloon, const struct vhd_table *tabl
 {
     uint32_t flags = atomic_load_explicit(&balloon->flags, memory_order_relaxed);
     bool withheld = !(flags & VHD_BALLOON_MAY_DISCARD);
-    bool keep = withheld || must_stay_poisoned(balloon, flags);
-    uint64_t before = balloon->counters->reported_size;
+    bool poisoned = must_stay_poisoned(balloon, flags);
     uint32_t total = (uint32_t)walk->readable_count + walk->writable_count;
     struct run run = {NULL, 0, 0};
 
     count(&balloon->counters->reports_refused, walk->readable_count);
     for (uint32_t i = walk->readable_count; i < total; i++)
         report_range(balloon, table, &run, walk->segments[i].guest_addr, walk->segments[i].size,
-                     keep);
+                     withheld, poisoned);
     flush_run(balloon, &run);
-    if (withheld)
-        count(&balloon->counters->withheld_size, balloon->counters->reported_size - before);
     return 0;
 }

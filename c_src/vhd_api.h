@@ -76,8 +76,7 @@ enum {
 
 /* Bits of vhd_balloon_configure() */
 enum {
-    VHD_BALLOON_MUST_TELL_HOST =
-        1, /* negotiated: pages may go until their deflate is acknowledged */
+    VHD_BALLOON_MUST_TELL_HOST = 1, /* negotiated: a deflate is acknowledged before it is used */
     VHD_BALLOON_PAGE_POISON =
         2, /* negotiated: while poison_val is not 0 reported pages keep their bytes */
     VHD_BALLOON_MAY_DISCARD = 4 /* nothing pins guest memory; a new device has not heard so */
@@ -132,7 +131,7 @@ struct vhd_balloon_counters {
     uint64_t pfns_excess;     /* beyond VHD_PFNS_PER_CHAIN_MAX or a ragged tail: ignored */
     uint64_t reports_refused; /* reported ranges outside RAM or not device-writable */
     uint64_t pages_kept;      /* given up, kept because their host page is not complete */
-    uint64_t withheld_size;   /* bytes ever given up or reported while MAY_DISCARD was not set */
+    uint64_t withheld_size;   /* bytes ever given up or reported that may not be discarded */
 };
 
 struct vhd_pmem_counters {
@@ -216,6 +215,7 @@ struct vhd_region {
     uint64_t size;
     uint64_t file_offset;
     vhd_mapping *mapping;
+    uint32_t preallocated; /* 1: what is reported free in it stays, it was allocated ahead */
 };
 
 typedef struct vhd_log vhd_log; /* dirty log of LOG_SHMFD: one bit per 4 KiB guest page */

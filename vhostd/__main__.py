@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from vhostd import __version__
-from vhostd.config import load
+from vhostd.config import load, notes
 from vhostd.errors import ConfigError, VhostdError
 
 EXIT_FAILED = 1
@@ -57,10 +57,12 @@ def run(config_path: Path, runtime_dir: Path | None, state_dir: Path | None, kee
 @cli.command("check-config")
 @click.argument("config_path", metavar="FILE", type=click.Path(path_type=Path))
 def check_config(config_path: Path) -> None:
-    """Exit 0, or 2 with one line a mistake."""
+    """Exit 0, or 2 with one line a mistake. Features that cancel each other are named."""
     config = load(config_path)
     if config.refusals:
         raise ConfigError(*config.refusals)
+    for note in notes(config):
+        print(f"{config_path}: {note}")
 
 
 def main() -> None:

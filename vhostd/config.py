@@ -25,6 +25,7 @@ from vhostd.config_devices import (
     read_mem,
     read_pmem,
 )
+from vhostd.config_pairs import found_pairs
 from vhostd.config_reader import Mistakes, Table
 from vhostd.errors import ConfigError
 
@@ -93,6 +94,16 @@ class Config:
     @property
     def control_socket(self) -> Path:
         return self.runtime_dir / CONTROL_SOCKET
+
+
+def notes(config: Config) -> list[str]:
+    """Features of its VMs that cancel each other and what becomes of them, one line each."""
+    return [
+        f"vm.{name}: {pair.text}"
+        for name, vm in config.vms.items()
+        for pair in found_pairs(vm)
+        if not pair.refused
+    ]
 
 
 def load(path: Path, *, runtime_dir: Path | None = None, state_dir: Path | None = None) -> Config:
@@ -257,8 +268,6 @@ def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
     for device in table.array("mem"):
         identifier = _device_identifier(device, identifiers)
         mem = read_mem(device, identifier, sockets.read(device, f"{name}-{identifier}.sock"))
-        if mem.on_violation == "stop" and qmp is None:
-            device.mistake("on_violation", f'"stop" needs qmp in [{table.where}], to stop the VM')
         _add_window(device, WindowPlace(mem.id, mem.window_address, mem.size), windows)
         mems.append(mem)
         device.end()
@@ -273,4 +282,8 @@ def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
     if balloon is None and not mems and not pmems and "balloon" not in table:
         table.mistake("", f"has no device; write a table [{table.where}.balloon]")
     table.end()
-    return VmConfig(name, qmp, balloon, tuple(mems), tuple(pmems))
+    config = VmConfig(name, qmp, balloon, tuple(mems), tuple(pmems))
+    for pair in found_pairs(config):
+        if pair.refused:
+            table.mistake("", pair.text)
+    return config

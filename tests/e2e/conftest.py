@@ -163,7 +163,7 @@ def serve_memory(stack: Stack, tmp_path: Path) -> ServeMemory:
     """serve_memory(kernel, devices="", balloon=False, qmp=True, **boot arguments).
 
     devices: configuration of memory devices, by default one; what QEMU gets is what vhostctl
-    prints for it.
+    prints for it. backend: more options for the memory of each window.
     """
 
     @asynccontextmanager
@@ -177,12 +177,17 @@ def serve_memory(stack: Stack, tmp_path: Path) -> ServeMemory:
         append: str = ONLINE_MOVABLE,
         nodes: int = 1,
         memory: str = "1G",
+        backend: str = "",
     ) -> AsyncIterator[ServedMemory]:
         monitor = tmp_path / "vmm.qmp"
         configuration = f'[vm.{VM}]\nqmp = "{monitor}"\n' if qmp else ""
         configuration += f"[vm.{VM}.balloon]\n" if balloon else ""
         async with VhostdProcess.start(tmp_path, configuration + devices) as daemon:
             options, max_memory = await qemu_options(daemon, memory)
+            options = [
+                option + backend if option.startswith("memory-backend-") else option
+                for option in options
+            ]
             async with boot(
                 stack,
                 kernel=kernel,

@@ -98,9 +98,9 @@ static void begin(struct model *model, uint8_t mode)
         list_memory = create("list", LIST_PAGES * PAGE);
         for (int i = 0; i < REGIONS; i++)
             regions[i] = (struct vhd_region){LAYOUT[i].guest * PAGE, LAYOUT[i].count * PAGE,
-                                             LAYOUT[i].file * PAGE, ram};
+                                             LAYOUT[i].file * PAGE, ram, 0};
         regions[REGIONS] =
-            (struct vhd_region){(uint64_t)LIST_PAGE * PAGE, LIST_PAGES * PAGE, 0, list_memory};
+            (struct vhd_region){(uint64_t)LIST_PAGE * PAGE, LIST_PAGES * PAGE, 0, list_memory, 0};
         REQUIRE(vhd_table_init(&table, regions, REGIONS + 1) == 0);
     }
     memset(model, 0, sizeof *model);

@@ -24,9 +24,9 @@ enum {
 
 /* A and B touch each other in guest memory, not in the file; then comes a hole, then C. */
 static const struct vhd_region LAYOUT[] = {
-    {BASE, 4 * PAGE, 0, NULL},
-    {BASE + 4 * PAGE, 2 * PAGE, 6 * PAGE, NULL},
-    {BASE + 8 * PAGE, 2 * PAGE, 4 * PAGE, NULL},
+    {BASE, 4 * PAGE, 0, NULL, 0},
+    {BASE + 4 * PAGE, 2 * PAGE, 6 * PAGE, NULL, 0},
+    {BASE + 8 * PAGE, 2 * PAGE, 4 * PAGE, NULL, 0},
 };
 enum { REGIONS = sizeof LAYOUT / sizeof LAYOUT[0] };
 

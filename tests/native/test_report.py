@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from vhostd._native import BalloonFlag, Fault, Handler
 
 from tests.fakes.driver import Buffer
 from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory
-from tests.native.rig import DATA_ADDR, LAYOUTS, Guest, Host, Layout, pages_at, present
+from tests.native.rig import DATA_ADDR, LAYOUTS, Guest, Host, Layout, pages_at, present, regions
 
 POISON_OFFSET = 12
 
@@ -127,3 +129,21 @@ def test_pages_that_must_keep_their_bytes_keep_them(
         guest.device.balloon_configure(BalloonFlag.MAY_DISCARD)
         ring.send(free(DATA_ADDR, PAGE_SIZE))
         assert not guest.memory.page_present(DATA_ADDR)
+
+
+def test_memory_that_was_allocated_ahead_stays_beside_memory_that_goes(host: Host) -> None:
+    """Both in one request, so that the ranges are neighbours in guest memory."""
+    with Guest.on(host, GuestMemory.adjacent(seam_addr=32 * MIB)) as guest:
+        table = [
+            replace(region, preallocated=region.guest_addr == 32 * MIB)
+            for region in regions(guest.memory, guest.mapping)
+        ]
+        with host.parked():
+            guest.device.set_regions(table)
+        ring = guest.ring(Handler.REPORT)
+        for page in (32 * MIB - PAGE_SIZE, 32 * MIB):
+            guest.memory.touch(page, PAGE_SIZE)
+        ring.send(free(32 * MIB - PAGE_SIZE, 2 * PAGE_SIZE))
+        assert present(guest.memory, pages_at(32 * MIB - PAGE_SIZE, 2)) == [False, True]
+        counters = guest.device.balloon_counters()
+        assert (counters.reported_size, counters.withheld_size) == (2 * PAGE_SIZE, PAGE_SIZE)

@@ -205,6 +205,7 @@ class Device:
             slot.size = region.size
             slot.file_offset = region.file_offset
             slot.mapping = region.mapping.handle
+            slot.preallocated = region.preallocated
         check(lib.vhd_device_set_regions(self._handle, table, len(regions)), "memory table")
         self._regions = list(regions)  # keeps the mappings alive as long as C points to them
 

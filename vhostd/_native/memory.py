@@ -115,12 +115,17 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A slot of guest memory; all numbers in bytes."""
+    """A slot of guest memory; all numbers in bytes.
+
+    Attributes:
+        preallocated: what the guest reports free in it stays.
+    """
 
     guest_addr: int
     size: int
     file_offset: int
     mapping: Mapping
+    preallocated: bool = False
 
 
 class Log:

@@ -98,7 +98,7 @@ class DeviceConnection:
         )
         self._rings = Rings(self._native, device.queue_count)
         self.requests = BackendRequests(journal)
-        memory = self._memory = DeviceMemory(shared.registry, worker, self._native, journal)
+        memory = self._memory = self._new_memory(shared)
         self._window = None
         host_work: HostWork = NoHostWork()
         if isinstance(device, Mem):
@@ -116,6 +116,11 @@ class DeviceConnection:
         self.messages_refused = 0
         self.resumed = left is not None
         self.ended = False
+
+    def _new_memory(self, shared: Surroundings) -> DeviceMemory:
+        return DeviceMemory(
+            shared.registry, self._worker, self._native, shared.journal, shared.preallocated
+        )
 
     def _new_storage(self, device: Pmem, policy: StoragePolicy, shared: Surroundings) -> Storage:
         return Storage(

@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import replace
 from typing import Protocol
 
 from vhostd import _native
@@ -38,12 +39,15 @@ class DeviceMemory:
         worker: Parkable,
         device: _native.Device,
         journal: Journal,
+        preallocated: Sequence[GuestRange] = (),
     ) -> None:
+        """preallocated: windows whose memory the guest keeps though it reports it free."""
         self._vm_name = journal.vm_name
         self._registry = registry
         self._worker = worker
         self._device = device
         self._journal = journal
+        self._preallocated = preallocated
         self._slots: dict[MemoryRegion, HeldRegion | UnmappedRegion] = {}
 
     @property
@@ -155,7 +159,11 @@ class DeviceMemory:
         async with self._worker.parked():
             try:
                 self._device.set_regions(
-                    [held.region for held in slots.values() if isinstance(held, HeldRegion)]
+                    [
+                        replace(held.region, preallocated=self._is_preallocated(held.region))
+                        for held in slots.values()
+                        if isinstance(held, HeldRegion)
+                    ]
                 )
             except OSError as error:
                 if error.errno not in (errno.EFAULT, errno.EINVAL):
@@ -164,6 +172,12 @@ class DeviceMemory:
                 raise FrontendError(
                     "memory table: a started ring would not lie in guest memory any more"
                 ) from error
+
+    def _is_preallocated(self, region: _native.Region) -> bool:
+        return any(
+            window.guest_addr <= region.guest_addr and region.guest_addr + region.size <= window.end
+            for window in self._preallocated
+        )
 
     def release(self) -> None:
         """Let go of all files; the native device is detached and never runs again."""

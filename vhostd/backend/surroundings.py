@@ -10,6 +10,7 @@ import trio
 
 from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
+from vhostd.devices.base import GuestRange
 from vhostd.memory.registry import MemoryRegistry
 
 Arguments = TypeVarTuple("Arguments")
@@ -57,6 +58,7 @@ class Surroundings:
             a task of the VM, raising the error does the same.
         keeping: what a successor gets.
         next_event: number of the event stream's next event.
+        preallocated: windows whose memory was allocated ahead: a report takes none of it.
         memory_slots: the VMM may send its memory table slot by slot. QEMU 11.1 crashes at a reboot
             where one device has that and another has shared memory mapped.
     """
@@ -70,3 +72,4 @@ class Surroundings:
     memory_slots: bool = True
     keeping: VmKeeping = field(default_factory=VmKeeping.none)
     next_event: Callable[[], int] = lambda: 0
+    preallocated: tuple[GuestRange, ...] = ()

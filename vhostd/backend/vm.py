@@ -138,6 +138,7 @@ class Vm:
             not has_shmem,
             keeping,
             next_event,
+            tuple(mem.options.window for mem in self.mems.values() if mem.options.prealloc),
         )
 
     @property

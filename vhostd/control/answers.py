@@ -78,7 +78,8 @@ class MemStatus(msgspec.Struct):
     `violations` counts unplugged blocks that were ever found to hold memory; `violating_` is what
     the latest look found. `standing` says how far the guest is, and why not further. `window`:
     the VMM has the memory the device needs. `inhibited`: why nothing is given back now;
-    `withheld`: unplugged, and not given back because of it.
+    `withheld`: unplugged, and not given back because of it. `page_size`: of the window's memory on
+    the host.
     """
 
     id: str
@@ -88,6 +89,8 @@ class MemStatus(msgspec.Struct):
     usable: int
     block_size: int
     node: int
+    page_size: int
+    prealloc: bool
     violations: int
     violating_size: int
     violating_blocks: list[list[int]]

@@ -25,6 +25,7 @@ QEMU: Final = "qemu-system-x86_64"
 QEMU_TIMEOUT_S: Final = 20.0
 CACHESTAT_KERNEL: Final = (6, 5)
 FREE_SIZE_LOW: Final = GiB
+PAGE_SIZE: Final = 4096
 
 SINCE: Final = (
     ("virtio-balloon", (2, 6), "every kernel"),
@@ -161,6 +162,14 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
         yield Check(
             f"{name} memory", WARNING, discards["why"], _NOTHING_GIVEN_BACK[discards["finding"]]
         )
+    balloon = status.get("balloon")
+    if balloon is not None and balloon["poison_value"] and "page_reporting" in balloon["features"]:
+        yield Check(
+            f"{name} balloon",
+            WARNING,
+            "the guest fills free pages with a pattern, so what it reports free is not given back",
+            "boot it without page_poison=1; init_on_free=1 does not stand in the way",
+        )
     for mem in status["mem"]:
         yield from _mem_checks(f"{name} {mem['id']}", mem)
     for pmem in status["pmem"]:
@@ -170,6 +179,14 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
 def _mem_checks(name: str, mem: Mapping[str, Any]) -> Iterator[Check]:
     if mem["state"] == "running" and not mem["window"]:
         yield Check(name, FAILED, mem["standing"], "start QEMU with what vhostctl qemu-args prints")
+    if mem["page_size"] > PAGE_SIZE and not mem["prealloc"]:
+        yield Check(
+            name,
+            WARNING,
+            f"its window is on huge pages of {format_size(mem['page_size'])}, and they are taken"
+            " when the guest touches them: where the pool has none left, QEMU dies",
+            "set prealloc = true: what can't be had is not plugged",
+        )
     if mem["violations"]:
         yield Check(
             name,

@@ -43,7 +43,7 @@ from vhostd.devices.mem_window import LARGE_GUEST_SIZE, MemOptions
 from vhostd.devices.verdict import Verdict
 from vhostd.errors import GuestError
 from vhostd.protocol.features import VirtioFeature
-from vhostd.units import format_size
+from vhostd.units import BALLOON_PAGE_SIZE, format_size
 
 
 class Mem:
@@ -67,6 +67,7 @@ class Mem:
         self.started = False
         self._blocks = Plugging(options)
         self._last_request_s = 0.0
+        self._page_size = BALLOON_PAGE_SIZE
         self._nudge = Nudge()
 
     @property
@@ -184,6 +185,8 @@ class Mem:
         blocks, window = self._blocks, self.options.window
         others_size = sum(region.size for region in regions) - window.size
         blocks.large_guest = others_size >= LARGE_GUEST_SIZE
+        pages = [slot.page_size for slot in regions if slot.guest_addr == window.guest_addr]
+        self._page_size = max(pages, default=BALLOON_PAGE_SIZE)
         missing_before, blocks.missing_window = blocks.missing_window, self.options.missing(regions)
         appeared = missing_before is not None and blocks.missing_window is None
         effects: list[Effect] = []
@@ -359,6 +362,8 @@ class Mem:
             "usable": blocks.usable_size,
             "block_size": options.block_size,
             "node": options.node,
+            "page_size": self._page_size,
+            "prealloc": options.prealloc,
             "violations": blocks.watch.violations,
             "violating_size": blocks.watch.size,
             "violating_blocks": [list(run) for run in offending],

@@ -76,9 +76,9 @@ static inline void driver_open(struct driver *driver)
     close(fd);
     /* Out of order on purpose: the table sorts them. */
     struct vhd_region regions[] = {
-        {TOP, 0x10000, 0x110000, driver->mapping},
-        {0, BORDER, 0, driver->mapping},
-        {BORDER, END - BORDER, 0x120000, driver->mapping},
+        {TOP, 0x10000, 0x110000, driver->mapping, 0},
+        {0, BORDER, 0, driver->mapping, 0},
+        {BORDER, END - BORDER, 0x120000, driver->mapping, 0},
     };
     CHECK(vhd_table_init(&driver->table, regions, 3) == 0);
 }
