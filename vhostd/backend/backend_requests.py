@@ -7,13 +7,13 @@ back-end channel. Must not know why anybody wants something.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from vhostd._native import identify_file
 from vhostd.backend.journal import Journal
 from vhostd.fds import OwnedFd
 from vhostd.log import LogEvent
@@ -91,7 +91,11 @@ class BackendRequests:
         channel = self._channel
         if channel is None or channel.closed:
             return False
-        return os.path.sameopenfile(file.fileno(), channel.fileno())
+        # Not fstat(2): the file system of a file may never answer.
+        try:
+            return identify_file(file.fileno()) == identify_file(channel.fileno())
+        except OSError:
+            return False
 
     def use(self, channel: BackendChannel | None) -> None:
         """Send through this channel from now on; the old one is closed."""

@@ -88,8 +88,8 @@ class BackendChannel:
             FrontendError: it is no UNIX stream socket, not connected, has or meets a name, or is
                 the connection itself. The descriptor is closed then.
         """
-        is_connection = os.path.sameopenfile(fd.fileno(), connection_fd)
-        stream = UnixStream.adopt(fd)
+        stream = UnixStream.adopt(fd)  # first: fstat(2) of a file may never come back
+        is_connection = os.path.sameopenfile(stream.fileno(), connection_fd)
         if is_connection or stream.named:
             stream.close()
             raise FrontendError("back-end request socket is not from a socket pair of its own")
@@ -292,15 +292,13 @@ class BackendChannel:
     async def _answer(self, request: BackendRequest) -> int:
         """Wait for the answer to request; what was read is kept when this is cancelled."""
         while not self._has_answer_to(request):
-            read = self._stream.try_read(_ANSWER_SIZE - len(self._received))
-            if read is None:
+            data = self._stream.try_read_bytes(_ANSWER_SIZE - len(self._received))
+            if data is None:
                 await self._stream.wait_readable()
                 continue
-            for fd in read.fds:
-                fd.close()
-            if not read.data:
+            if not data:
                 raise Disconnected("the VMM hung up")
-            self._received += read.data
+            self._received += data
         answer, self._received = self._received, b""
         return U64.parse(answer[HEADER.size :]).value
 

@@ -17,6 +17,7 @@ import trio
 from vhostd.fds import OwnedFd
 from vhostd.protocol.framing import Framer, Message
 from vhostd.protocol.wire import HEADER, PAYLOAD_SIZE_MAX
+from vhostd.transport.foreign_fds import Closer
 from vhostd.transport.stream import Disconnected, UnixStream
 
 PEEK_SIZE: Final = 4 * (HEADER.size + PAYLOAD_SIZE_MAX)
@@ -40,8 +41,9 @@ class Connection:
             pieces, and was taken out.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._stream = UnixStream(sock)
+    def __init__(self, sock: socket.socket, closer: Closer | None = None) -> None:
+        """closer: of the descriptors that come; None: one for this connection alone."""
+        self._stream = UnixStream(sock, closer)
         self._framer = Framer()
         self.unread_size = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 from typing import Final
 
 from vhostd.errors import FrontendError
@@ -51,14 +50,18 @@ def check_call(fd: OwnedFd, what: str) -> None:
     Raises:
         FrontendError: it is something else.
     """
-    if not stat.S_ISSOCK(os.fstat(fd.fileno()).st_mode):
+    try:
+        found = socket.socket(fileno=fd.fileno())
+    except OSError:
         check_eventfd(fd, what)
         return
-    with socket.socket(fileno=os.dup(fd.fileno())) as found:
+    try:
         if (found.family, found.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             raise FrontendError(f"{what} is a socket, and no UNIX stream socket")
         if _has_name(found):
             raise FrontendError(f"{what} is a connection to a named socket, and no socket pair")
+    finally:
+        found.detach()
 
 
 def _has_name(found: socket.socket) -> bool:

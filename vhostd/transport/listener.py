@@ -18,6 +18,7 @@ import trio
 from vhostd.errors import ConfigError
 from vhostd.fds import OwnedFd
 from vhostd.transport.connection import Connection
+from vhostd.transport.foreign_fds import Closer
 
 SOCKET_MODE: Final = 0o660
 """The VMM's user reaches us through the group; nobody else does."""
@@ -40,6 +41,7 @@ class Listener:
         """Take over a listening socket. path: remove it at the end, if it is still ours."""
         sock.setblocking(False)
         self._socket = sock
+        self._closer = Closer()  # outlives connections, as a file system that hangs does
         self._path = path
         self._identity = _identity(path) if path is not None else None
 
@@ -90,7 +92,7 @@ class Listener:
                 elif error.errno not in _PASSING:
                     raise
                 continue
-            return Connection(sock)
+            return Connection(sock, self._closer)
 
     def close(self) -> None:
         """Stop listening and remove the path, unless it is somebody else's by now."""

@@ -20,6 +20,7 @@ import trio
 
 from vhostd.errors import FrontendError, HostError
 from vhostd.fds import OwnedFd
+from vhostd.transport.foreign_fds import PENDING_MAX, Closer, ForeignFd
 
 FDS_PER_READ_MAX: Final = 253
 """SCM_MAX_FD, include/net/scm.h: with room for these no descriptor is ever cut off by our size."""
@@ -80,11 +81,16 @@ class Arrivals:
 
 
 class UnixStream:
-    """Owns the socket and makes it non-blocking."""
+    """Owns the socket and makes it non-blocking.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Of a socket that a peer sent the peer can undo that at any time, so each call says it again.
+    """
+
+    def __init__(self, sock: socket.socket, closer: Closer | None = None) -> None:
+        """closer: of the descriptors that come; None: one for this stream alone."""
         sock.setblocking(False)
         self._socket = sock
+        self._closer = Closer() if closer is None else closer
 
     @classmethod
     def adopt(cls, fd: OwnedFd) -> UnixStream:
@@ -94,21 +100,11 @@ class UnixStream:
             FrontendError: it is no connected UNIX stream socket. The descriptor is closed then.
         """
         try:
-            sock = socket.socket(fileno=fd.fileno())
-        except OSError as error:
-            fd.close()
-            raise FrontendError(f"descriptor is no socket: {error.strerror}") from error
-        fd.take()
-        try:
-            if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-                raise FrontendError("socket is no UNIX stream socket")
-            sock.getpeername()
-        except OSError as error:
-            sock.close()
-            raise FrontendError(f"socket is not connected: {error.strerror}") from error
+            sock = _checked_socket(fd)
         except FrontendError:
-            sock.close()
+            fd.close()
             raise
+        fd.take()
         return cls(sock)
 
     def fileno(self) -> int:
@@ -165,16 +161,22 @@ class UnixStream:
 
         Raises:
             Disconnected: the connection was reset, or close() was called.
+            FrontendError: what came before can't be closed.
             HostError: no memory for it; nothing was lost.
         """
-        return self._receive(size, 0)
+        return self._receive(size, 0, _ANCILLARY_SIZE)
+
+    def try_read_bytes(self, size: int) -> bytes | None:
+        """As try_read(), where no descriptors are due: the kernel drops those that come."""
+        read = self._receive(size, 0, 0)
+        return None if read is None else read.data
 
     def peek(self, size: int) -> Read | None:
         """As try_read(), but all stays where it is; descriptors are duplicates.
 
         It ends with what the first descriptors came with, even where that leaves room.
         """
-        return self._receive(size, socket.MSG_PEEK)
+        return self._receive(size, socket.MSG_PEEK, _ANCILLARY_SIZE)
 
     def came_at_once(self, size: int) -> bool:
         """Whether the next `size` bytes, which must be there, are of one send by the peer.
@@ -190,27 +192,32 @@ class UnixStream:
         # byte, which is not to be written to, the ones before are lost exactly then.
         room: list[bytearray | memoryview] = [bytearray(size - 1), memoryview(_NOWHERE)[:1]]
         try:
-            self._socket.recvmsg_into(room, 0, socket.MSG_PEEK)
+            self._socket.recvmsg_into(room, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise HostError(error.errno, f"cannot receive: {error.strerror}") from error
             return True
         return False
 
-    def _receive(self, size: int, flags: int) -> Read | None:
+    def _receive(self, size: int, flags: int, ancillary_size: int) -> Read | None:
         if self.closed:
             raise Disconnected("closed on this side")
-        try:
-            data, ancillary, seen, _address = self._socket.recvmsg(
-                size, _ANCILLARY_SIZE, flags | socket.MSG_CMSG_CLOEXEC
+        if self._closer.overrun:
+            raise FrontendError(
+                f"more than {PENDING_MAX} descriptors that the VMM sent can't be closed: the file"
+                " system of one does not answer"
             )
+        flags |= socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        try:
+            data, ancillary, seen, _ = self._socket.recvmsg(size, ancillary_size, flags)
         except BlockingIOError:
             return None
         except ConnectionError as error:
             raise Disconnected(f"connection lost: {error.strerror}") from error
         except OSError as error:
             raise HostError(error.errno, f"cannot receive: {error.strerror}") from error
-        return Read(data, _received_fds(ancillary), bool(seen & socket.MSG_CTRUNC))
+        fds = tuple(ForeignFd(fd, self._closer) for fd in _received_fds(ancillary))
+        return Read(data, fds, bool(seen & socket.MSG_CTRUNC))
 
     @property
     def unread_size(self) -> int:
@@ -247,7 +254,8 @@ class UnixStream:
         if self.closed:
             raise Disconnected("closed on this side")
         try:
-            sent = self._socket.sendmsg([data], _sent_fds(fds), socket.MSG_NOSIGNAL)
+            flags = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+            sent = self._socket.sendmsg([data], _sent_fds(fds), flags)
         except BlockingIOError:
             return False
         except ConnectionError as error:
@@ -268,6 +276,7 @@ class UnixStream:
         if self.closed:
             raise Disconnected("closed on this side")
         try:
+            self._socket.setblocking(False)  # sendfile(2) has no flag that says so
             return os.sendfile(self.fileno(), fd, None, size)
         except BlockingIOError:
             return 0
@@ -285,12 +294,35 @@ class UnixStream:
         await trio.lowlevel.wait_readable(self._socket)
 
 
-def _received_fds(ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[OwnedFd, ...]:
+def _checked_socket(fd: OwnedFd) -> socket.socket:
+    """The same descriptor as a socket; who closes it is left open.
+
+    Raises:
+        FrontendError: it is no connected UNIX stream socket.
+    """
+    try:
+        sock = socket.socket(fileno=fd.fileno())
+    except OSError as error:
+        raise FrontendError(f"descriptor is no socket: {error.strerror}") from error
+    try:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise FrontendError("socket is no UNIX stream socket")
+        sock.getpeername()
+    except OSError as error:
+        sock.detach()
+        raise FrontendError(f"socket is not connected: {error.strerror}") from error
+    except FrontendError:
+        sock.detach()
+        raise
+    return sock
+
+
+def _received_fds(ancillary: Sequence[tuple[int, int, bytes]]) -> array.array[int]:
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % _FD_SIZE])
-    return tuple(OwnedFd(fd) for fd in fds)
+    return fds
 
 
 def _sent_fds(fds: Sequence[OwnedFd]) -> list[tuple[int, int, array.array[int]]]:
