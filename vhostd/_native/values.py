@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import Enum, IntEnum, IntFlag
+from enum import Enum, IntEnum
 
 from vhostd._native._core import lib
+from vhostd.flags import Flags
 
 
 class Fault(IntEnum):
@@ -39,7 +40,7 @@ class Handler(Enum):
     FLUSH = lib.VHD_HANDLER_FLUSH
 
 
-class RingFeature(IntFlag):
+class RingFeature(Flags):
     """Layout and habits of a ring."""
 
     PACKED = lib.VHD_RING_PACKED
@@ -49,7 +50,7 @@ class RingFeature(IntFlag):
     LOG_USED = lib.VHD_RING_LOG_USED
 
 
-class Event(IntFlag):
+class Event(Flags):
     """What the worker has to tell about a device."""
 
     SOCKET = lib.VHD_EVENT_SOCKET
@@ -60,7 +61,7 @@ class Event(IntFlag):
     FLUSH_FAILED = lib.VHD_EVENT_FLUSH_FAILED
 
 
-class BalloonFlag(IntFlag):
+class BalloonFlag(Flags):
     """How the data plane treats pages."""
 
     MUST_TELL_HOST = lib.VHD_BALLOON_MUST_TELL_HOST

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import IntFlag
 from typing import Final
 
 from vhostd.devices.base import GuestRange, Role
+from vhostd.flags import Flags
 from vhostd.protocol.features import VirtioFeature
 
 
-class BalloonFeature(IntFlag):
+class BalloonFeature(Flags):
     """Device feature bits: virtio 1.x, 5.5.3; VIRTIO_BALLOON_F_ in Linux."""
 
     MUST_TELL_HOST = 1 << 0

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, IntFlag, StrEnum
+from enum import Enum, StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from vhostd.errors import VhostdError
+from vhostd.flags import Flags
 from vhostd.units import BALLOON_PAGE_SIZE
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -34,7 +35,7 @@ class Role(Enum):
     FLUSH = "flush"
 
 
-class DataPlane(IntFlag):
+class DataPlane(Flags):
     """How the native data plane treats pages; same bits as VHD_BALLOON_ in c_src/vhd_api.h."""
 
     MUST_TELL_HOST = 1

@@ -6,11 +6,12 @@ Source: virtio 1.x, chapter 5.15; include/uapi/linux/virtio_mem.h. Holds no stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from struct import Struct
 from typing import Final, Self
 
 from vhostd.errors import GuestError
+from vhostd.flags import Flags
 from vhostd.protocol.features import VirtioFeature
 
 MEM_DEVICE_ID: Final = 24
@@ -26,7 +27,7 @@ _REQUEST: Final = Struct("<H6xQH6x")
 _RESPONSE: Final = Struct("<H6xH")
 
 
-class MemFeature(IntFlag):
+class MemFeature(Flags):
     """Device feature bits; VIRTIO_MEM_F_ in Linux."""
 
     ACPI_PXM = 1 << 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntFlag, StrEnum
+from enum import StrEnum
 from struct import Struct
 from typing import Final
 
@@ -25,6 +25,7 @@ from vhostd.devices.base import (
 )
 from vhostd.devices.pmem_state import Failure, decode, decode_failure, encode, encode_lasting
 from vhostd.errors import GuestError
+from vhostd.flags import Flags
 from vhostd.protocol.features import VirtioFeature
 from vhostd.units import format_size, power_of_two_up
 
@@ -34,7 +35,7 @@ CONFIG: Final = Struct("<QQ")
 """start and size of the region, guest-physical address and bytes."""
 
 
-class PmemFeature(IntFlag):
+class PmemFeature(Flags):
     """Device feature bits (virtio 1.x, 5.19.3)."""
 
     SHMEM_REGION = 1 << 0

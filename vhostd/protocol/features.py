@@ -1,16 +1,17 @@
 """Feature masks of vhost-user and of virtio's transport. Knows no device's own bits.
 
-To clear bits of a number a peer sent, invert int(mask): inverting an IntFlag only reaches the bits
+To clear bits of a number a peer sent, invert int(mask): inverting a Flags only reaches the bits
 it knows, and unknown bits would slip through.
 """
 
 from __future__ import annotations
 
-from enum import IntFlag
 from typing import Final
 
+from vhostd.flags import Flags
 
-class VirtioFeature(IntFlag):
+
+class VirtioFeature(Flags):
     """GET_FEATURES bits that no device defines: virtio 1.3 chapter 6 and vhost-user's two."""
 
     NOTIFY_ON_EMPTY = 1 << 24
@@ -28,7 +29,7 @@ class VirtioFeature(IntFlag):
     RING_RESET = 1 << 40
 
 
-class ProtocolFeature(IntFlag):
+class ProtocolFeature(Flags):
     """GET_PROTOCOL_FEATURES bits, complete to QEMU 11.1 (vhost-user spec, "Protocol features")."""
 
     MQ = 1 << 0

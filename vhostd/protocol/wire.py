@@ -7,11 +7,11 @@ Source: QEMU docs/interop/vhost-user.rst as shipped with 11.1.3; host byte order
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from enum import IntFlag
 from struct import Struct
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol, Self
 
 from vhostd.errors import FrontendError
+from vhostd.flags import Flags
 
 HEADER: Final = Struct("=III")
 """u32 request, u32 flags, u32 payload size in bytes."""
@@ -29,7 +29,7 @@ SHMEM_REGIONS_MAX: Final = 256
 """VIRTIO_MAX_SHMEM_REGIONS."""
 
 
-class HeaderFlag(IntFlag):
+class HeaderFlag(Flags):
     """The second header field; bits without a name are ignored, as the spec reserves them."""
 
     VERSION = 1
@@ -38,7 +38,7 @@ class HeaderFlag(IntFlag):
     NEED_REPLY = 8
 
 
-class VringFlag(IntFlag):
+class VringFlag(Flags):
     """Flags of SET_VRING_ADDR."""
 
     LOG = 1  # VHOST_VRING_F_LOG: mark writes to the used ring in the dirty log
