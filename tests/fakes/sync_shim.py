@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
+
+from tests.fakes.preload import build_library, environment_of, preloading
 
 FOR_EVER: Final = (1 << 32) - 1
 FILES_MAX: Final = 4
@@ -24,7 +25,6 @@ CALLS_MAX: Final = 16384
 LOOK_AGAIN_S: Final = 0.001  # nothing announces what another process wrote to memory
 CONTROL_VARIABLE: Final = "SYNC_SHIM"
 SOURCE: Final = Path(__file__).with_suffix(".c")
-FLAGS: Final = ("-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror")
 
 
 class SyncKind(IntEnum):
@@ -173,10 +173,7 @@ class SyncShim:
         Raises:
             subprocess.CalledProcessError: it does not compile.
         """
-        library, control = folder / "sync_shim.so", folder / "sync_shim.control"
-        environment = {key: text for key, text in os.environ.items() if key != "LD_PRELOAD"}
-        command: Sequence[str | Path] = ["gcc", *FLAGS, "-o", library, SOURCE, "-ldl"]
-        subprocess.run(command, env=environment, check=True, timeout=60)
+        library, control = build_library(SOURCE, folder), folder / "sync_shim.control"
         with control.open("wb") as file:
             file.truncate(ctypes.sizeof(_Control))
         return cls(control, library)
@@ -189,27 +186,16 @@ class SyncShim:
     def environment(self) -> Mapping[str, str]:
         """What a program must have in its environment."""
         assert self._library is not None, "not the builder's end"
-        # What is preloaded already stays in front: a sanitizer insists on that.
-        before = os.environ.get("LD_PRELOAD", "").split()
         return {
-            "LD_PRELOAD": " ".join([*before, str(self._library)]),
+            "LD_PRELOAD": preloading(self._library),
             CONTROL_VARIABLE: str(self._path),
         }
 
     @contextmanager
     def preloaded(self) -> Iterator[None]:
         """Programs that are started inside the block obey."""
-        changed = self.environment()
-        before = {key: os.environ.get(key) for key in changed}
-        os.environ.update(changed)
-        try:
+        with environment_of(self.environment()):
             yield
-        finally:
-            for key, text in before.items():
-                if text is None:
-                    del os.environ[key]
-                else:
-                    os.environ[key] = text
 
     def watch(self, path: Path) -> WatchedFile:
         """Record the syncs of a file that is there; they are neither held nor failed at first."""

@@ -54,6 +54,7 @@ def test_program_is_unharmed_by(attack: Attack, oracle: Oracle) -> None:
     oracle.unharmed()
 
 
+@pytest.mark.long  # every day: test_growth.py
 @pytest.mark.timeout(REPEAT_TIME_MAX_S)
 @pytest.mark.parametrize("attack", ATTACKS, ids=label)
 def test_program_does_not_grow_from(attack: Attack, oracle: Oracle, repeats: int) -> None:

@@ -85,6 +85,7 @@ def test_program_is_unharmed_by(attack: MemAttack, setup: Setup, host: MemHost) 
         strike(attack, guest)
 
 
+@pytest.mark.long  # every day: test_growth.py
 @pytest.mark.timeout(REPEAT_TIME_MAX_S)
 @setups(SETUPS[::3])
 @pytest.mark.parametrize("attack", ATTACKS, ids=label)

@@ -110,6 +110,7 @@ def test_program_is_unharmed_by(attack: PmemAttack, setup: Setup, host: PmemHost
     assert host.image.read_bytes() == before
 
 
+@pytest.mark.long  # every day: test_growth.py
 @pytest.mark.timeout(REPEAT_TIME_MAX_S)
 @setups(SETUPS[::3])
 @pytest.mark.parametrize("attack", ATTACKS, ids=label)
