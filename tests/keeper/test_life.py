@@ -39,6 +39,24 @@ def test_a_clean_end_ends_the_keeper(folder: Path) -> None:
         assert [path.name for path in folder.iterdir()] == ["c"]  # NOTIFY_SOCKET is gone
 
 
+def test_a_clean_end_with_something_stored_is_followed_by_a_successor(folder: Path) -> None:
+    # kill -TERM of vhostd and not of the keeper: its guests are there.
+    with closing(kept := os.eventfd(0)), keeping(folder) as keeper:
+        service = keeper.next_service()
+        service.store("kept", kept)
+        os.kill(service.pid, signal.SIGTERM)
+        assert keeper.next_service().passed == {"kept": 1}
+        assert "ended with 0 after" in keeper.wait_line("restarted PID")
+
+
+def test_sigterm_of_the_keeper_ends_both_and_tells_what_that_means(folder: Path) -> None:
+    with closing(kept := os.eventfd(0)), keeping(folder) as keeper:
+        keeper.next_service().store("kept", kept)
+        keeper.signal(signal.SIGTERM)
+        assert keeper.wait_end() == 0
+        assert "stopping: SIGTERM; VMs that are still connected lose their devices" in keeper.log()
+
+
 def test_a_wrong_configuration_ends_the_keeper(folder: Path) -> None:
     with keeping(folder) as keeper:
         keeper.next_service().send("exit", 2)

@@ -66,11 +66,10 @@ def keep(
 ) -> int:
     """Run a service, and again whenever it dies, with the descriptors it stored; its exit code.
 
-    It ends when the service ends with 0, or with EXIT_CONFIG before any was ever ready, or on
-    SIGTERM and SIGINT, which are passed on. SIGHUP replaces the service by a new one (an upgrade);
-    with a spare only once the new program is loaded, so that one that can't be leaves the old one.
-    Call it from the main thread of a process that has no other business: it raises the limit of
-    descriptors and handles signals.
+    It ends when the service ends with 0 and has nothing stored, or with EXIT_CONFIG before any was
+    ever ready, or on SIGTERM and SIGINT, which are passed on. SIGHUP replaces the service (an
+    upgrade); with a spare once that has loaded the new program: one that can't leaves the old one.
+    It raises the limit of descriptors and handles signals, so call it from the main thread.
 
     Args:
         argv: the program and its arguments.
@@ -78,8 +77,7 @@ def keep(
         store_max: how many descriptors are kept.
         stop_timeout_s: how long a service may take to end when asked to.
         quick_death_s: one that lived shorter is started again more and more slowly.
-        socket_parent: where the directory of NOTIFY_SOCKET is made; None: TMPDIR or /tmp. The path
-            must fit into 108 bytes, unix(7).
+        socket_parent: where NOTIFY_SOCKET's directory is made (108 bytes); None: TMPDIR or /tmp.
         environment: the service's, less what a manager of ours said in it.
         spare: have a second process load the program in advance, at an upgrade within
             load_timeout_s; it must know of keeper.spare.
@@ -244,8 +242,8 @@ class Supervisor:
         self._starts += 1
         self._child, self._goal = child, Goal.RUN
         self._selector.register(child, selectors.EVENT_READ, self._on_end)
-        verb = "started" if self._starts == 1 else "restarted"
-        say(f"{verb} PID {child.pid} with {len(self._store)} descriptors")
+        again = "" if self._starts == 1 else "re"
+        say(f"{again}started PID {child.pid} with {len(self._store)} descriptors")
 
     def _on_end(self) -> None:
         child = self._child
@@ -266,7 +264,8 @@ class Supervisor:
         self._child = self._ping_due_s = self._kill_at_s = None
         how = f"ended with {code}" if code >= 0 else f"died by signal {-code}"
         say(f"PID {child.pid} {how} after {lived_s:.1f} s")
-        final = code == 0 or (code == EXIT_CONFIG and not self._ever_ready)
+        # Whoever ended it, if not we, did not ask for the end of what it stored.
+        final = (code == 0 and not self._store) or (code == EXIT_CONFIG and not self._ever_ready)
         if goal is Goal.STOP or (goal is Goal.RUN and final):
             self._exit_code = code if code >= 0 else _SIGNAL_EXIT_BASE - code
         elif goal is Goal.UPGRADE:
@@ -309,7 +308,8 @@ class Supervisor:
     def _stop(self, number: signal.Signals) -> None:
         if self._goal is Goal.STOP:
             return
-        say(f"stopping: {number.name}")
+        lost = "; VMs that are still connected lose their devices for good" if self._store else ""
+        say(f"stopping: {number.name}{lost}", "warning" if lost else "notice")
         if self._child is not None:
             self._ask_to_end(self._child, Goal.STOP, number)
         elif self._exit_code is None:
