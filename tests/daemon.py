@@ -66,10 +66,14 @@ class VhostdProcess:
         configuration: str,
         *arguments: str,
         environment: Mapping[str, str] | None = None,
+        open_files_max: tuple[int, int] | None = None,
     ) -> AsyncIterator[VhostdProcess]:
         """Write the configuration into folder (also the runtime directory), start, wait for READY.
 
-        environment: variables of the daemon beside the few it has.
+        Args:
+            environment: variables of the daemon beside the few it has.
+            open_files_max: its soft and hard limit of open files; None: as ours.
+
         Leaving the block sends SIGTERM and wants exit code 0 within STOP_TIMEOUT_S.
         """
         config_path, log_path = folder / "vhostd.toml", folder / "vhostd.log"
@@ -77,6 +81,8 @@ class VhostdProcess:
         config_path.write_text(configuration)
         command = [str(PROGRAMS / "vhostd"), "run", "--config", str(config_path)]
         command += ["--runtime-dir", str(folder), "--state-dir", str(folder), *arguments]
+        if open_files_max is not None:
+            command = ["prlimit", "--nofile={}:{}".format(*open_files_max), "--", *command]
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
             log_path.open("ab") as log,
@@ -195,9 +201,17 @@ class VhostdProcess:
 
     async def status(self, vm: str) -> dict[str, Any]:
         """The status object of one VM, from the HTTP API (what --json status prints)."""
+        status: dict[str, Any] = await self._get(f"/v1/vms/{vm}")
+        return status
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        """The status objects of all VMs."""
+        statuses: list[dict[str, Any]] = await self._get("/v1/vms")
+        return statuses
+
+    async def _get(self, path: str) -> Any:  # noqa: ANN401  # JSON
         transport = httpx.AsyncHTTPTransport(uds=str(self.control_path))
         async with httpx.AsyncClient(transport=transport, base_url="http://vhostd") as client:
-            answer = await client.get(f"/v1/vms/{vm}")
+            answer = await client.get(path)
             answer.raise_for_status()
-            status: dict[str, Any] = json.loads(answer.content)
-            return status
+            return json.loads(answer.content)

@@ -20,6 +20,7 @@ from vhostd.handover.kept_fds import KeptFds
 from vhostd.handover.manager_store import open_store
 from vhostd.handover.state_dir import StateDir
 from vhostd.handover.state_memfd import StateDamaged, StateMemfd, StateVersionUnknown
+from vhostd.open_files import raise_limit, without_room
 from vhostd.pause import Pause
 from vhostd.transport.listener import Listener
 
@@ -158,7 +159,10 @@ def inherit(
         else:
             if found is not None:
                 legacy.take_over(vm.name, *found)
-    for vm in sorted(vms, key=lambda vm: vm.name not in legacy.lefts):  # those are stored already
+    # Those that are taken over are stored and have their files open already.
+    in_order = sorted(vms, key=lambda vm: vm.name not in legacy.lefts)
+    legacy.paused |= without_room(in_order, raise_limit())
+    for vm in in_order:
         if vm.name not in legacy.paused:
             legacy.admit(vm)
     for name in sorted((kept.vms() | set(kept.unknown)) - {vm.name for vm in vms}):
