@@ -17,9 +17,10 @@ from structlog.testing import capture_logs
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
 from vhostd.backend.effects import EffectPerformer
+from vhostd.backend.image_beat import FREE_SIZE_MIN
 from vhostd.backend.journal import Journal
 from vhostd.backend.memory_table import DeviceMemory
-from vhostd.backend.storage import FREE_SIZE_MIN, Storage, StoragePolicy
+from vhostd.backend.storage import Storage, StoragePolicy
 from vhostd.backend.surroundings import unsupervised
 from vhostd.backend.window import NoHostWork
 from vhostd.backend.worker import VmWorker

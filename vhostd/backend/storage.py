@@ -18,6 +18,7 @@ import trio
 
 from vhostd import _native
 from vhostd.backend.backend_requests import BackendRequests
+from vhostd.backend.image_beat import FREE_SIZE_MIN, Beat
 from vhostd.backend.image_opening import native_image, open_for, refuse_memory
 from vhostd.backend.journal import Journal
 from vhostd.backend.left import Left
@@ -35,19 +36,8 @@ from vhostd.memory.registry import MemoryRegistry
 from vhostd.protocol.wire import ShmemMapping
 from vhostd.units import MiB, format_size
 
-CARE_INTERVAL_S: Final = 0.25
-"""How often the image is looked at, so that a guest which writes 1 GiB/s dirties some 256 MiB
-before they begin to be written."""
-
-CARE_SHARE: Final = 0.02
-"""Of a processor at most: where a look takes long, the next one comes later."""
-
 LET_GO_TIMEOUT_S: Final = 1.0
 """How long a VMM's end may take for the sake of the next: a look at a healthy image is over."""
-
-FREE_SIZE_MIN: Final = 256 * MiB
-"""Where a sparse image's file system has less than this left, the VM is stopped: the next page that
-finds no block would cost it its life (a SIGBUS in the VMM)."""
 
 Perform = Callable[[Effects], None]
 Result = TypeVar("Result")
@@ -319,6 +309,7 @@ class Storage:
     async def run(self) -> None:
         """Look after the image until cancelled."""
         self._cold_s = trio.current_time()
+        beat = Beat(self._device.options.size, self._policy.cold_cache_s / 4)
         while True:
             started_s = trio.current_time()
             took_s = 0.0
@@ -338,7 +329,7 @@ class Storage:
                     file=str(opened.path),
                     error=os.strerror(error.errno or 0),
                 )
-            await trio.sleep(max(CARE_INTERVAL_S, took_s / CARE_SHARE))
+            await trio.sleep(beat.interval_s(self._device.image, took_s))
 
     async def _look(self, image: _native.Image, opened: OpenImage) -> _native.ImageCache | None:
         cache, state = await self._in_thread(lambda: (image.cache(), look_at(opened.file)))
