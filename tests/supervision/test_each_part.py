@@ -199,7 +199,7 @@ EAGAIN = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 EBADF = OSError(errno.EBADF, "Bad file descriptor")
 PARTS = [
     Part("constructor", "AssertionError: twice", before=lambda patch, folder: of_first(
-        patch, vm_module.Vm, "_begin", AssertionError("twice"))),
+        patch, vm_module.Vm, "_begin_machine", AssertionError("twice"))),
     Part("listener", "exists and is no socket",
          before=lambda patch, folder: (folder / "a-mem0").touch()),
     Part("worker thread", "temporarily unavailable", before=lambda patch, folder: of_first(

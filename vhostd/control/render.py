@@ -6,7 +6,7 @@ JSON objects in, text on a rich console out. Must not know where they came from.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
@@ -34,7 +34,7 @@ _COUNTS: Final = ("faults", "hugetlb", "oom", "stalls", "tag")
 """Parts of the names of statistics that are no sizes."""
 
 
-def show(content: Table | str) -> None:
+def show(content: Table | Text | str) -> None:
     """Print to standard output, with colours on a terminal only and no blanks at line ends."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as captured:
@@ -45,22 +45,46 @@ def show(content: Table | str) -> None:
 
 def show_vms(vms: Sequence[Object]) -> None:
     """One row a VM."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("VM")
-    table.add_column("STATE")
-    for heading in ("PLUGGED", "TARGET", "ACTUAL", "DISCARDED", "GUEST FREE"):
-        table.add_column(heading, justify="right")
+    rows = [("VM", "STATE", "PLUGGED", "TARGET", "ACTUAL", "DISCARDED", "GUEST FREE")]
     for vm in vms:
         balloon = vm.get("balloon", {})
-        free = balloon.get("stats", {}).get("free_memory")
-        table.add_row(
-            Text(vm["vm"]),
-            Text(vm["state"], _STATE_STYLE.get(vm["state"], "")),
-            _size(sum(mem["plugged"] for mem in vm["mem"]) if vm["mem"] else None),
-            *(_size(balloon.get(key)) for key in ("target", "actual", "discarded")),
-            _size(free),
+        sizes = (
+            sum(mem["plugged"] for mem in vm["mem"]) if vm["mem"] else None,
+            *(balloon.get(key) for key in ("target", "actual", "discarded")),
+            balloon.get("stats", {}).get("free_memory"),
         )
-    show(table)
+        rows.append((vm["vm"], vm["state"], *map(_size, sizes)))
+    _show_columns(rows, left=2, style_of=lambda row: _STATE_STYLE.get(row[1], ""), styled=1)
+
+
+def _show_columns(
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int,
+    style_of: Callable[[Sequence[str]], str],
+    styled: int,
+) -> None:
+    """Columns under a heading, a thousand rows at once: rich's Table takes 3 ms for each.
+
+    Args:
+        left: the columns that begin at their left; others end at their right.
+        style_of: what style a row's column number `styled` has.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = Text(no_wrap=True, overflow="ignore")
+    for number, row in enumerate(rows):
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        if number:
+            before = len(text) + sum(width + 2 for width in widths[:styled])
+            text.append("  ".join(cells).rstrip() + "\n")
+            text.stylize(style_of(row), before, before + len(row[styled]))
+        else:
+            text.append("  ".join(cells).rstrip() + "\n", "bold")
+    text.rstrip()
+    show(text)
 
 
 def show_vm(vm: Object) -> None:
