@@ -189,12 +189,6 @@ class SupervisedVm:
         for source in sources:
             source.close()
 
-    def leave_paths(self) -> None:
-        """Have a successor's paths stay when we close."""
-        for source in self._sources:
-            if isinstance(source, Listener):
-                source.leave_path()
-
     # -- what the control API sees -------------------------------------------------------------
 
     @property

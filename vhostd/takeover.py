@@ -101,6 +101,8 @@ class Legacy:
         self.store.leave()
         for keeping in self.keepings.values():
             keeping.leave()
+            if keeping.lasting is not None:
+                keeping.lasting.write_rest()
 
     # -- VMs that are paused -------------------------------------------------------------------
 

@@ -116,19 +116,6 @@ async def test_closing_leaves_a_path_that_is_somebody_elses(tmp_path: Path) -> N
     other.close()
 
 
-async def test_a_path_can_be_left_to_a_successor(tmp_path: Path) -> None:
-    listener = Listener.bind(tmp_path / "s")
-    kept = os.dup(listener.fileno())
-    listener.leave_path()
-    listener.close()
-
-    successor = from_passed_fd(kept)
-
-    assert isinstance(successor, Listener)
-    connect(tmp_path / "s").close()
-    successor.close()
-
-
 async def test_closing_wakes_who_accepts(tmp_path: Path) -> None:
     listener = Listener.bind(tmp_path / "s")
     async with trio.open_nursery() as nursery:

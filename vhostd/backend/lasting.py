@@ -42,8 +42,13 @@ class Lasting:
                 entries = dict(self._entries)
                 await trio.to_thread.run_sync(self._write, entries)
         finally:
-            if self._changed.is_set():
-                self._write(dict(self._entries))
+            self.write_rest()
+
+    def write_rest(self) -> None:
+        """Write what is not written yet; blocks as long as the disk likes."""
+        if self._changed.is_set():
+            self._changed = trio.Event()
+            self._write(dict(self._entries))
 
     def _write(self, entries: dict[str, JsonObject]) -> None:
         try:

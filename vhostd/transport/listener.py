@@ -122,10 +122,6 @@ class Listener:
                 if path.is_socket():
                     path.unlink()
 
-    def leave_path(self) -> None:
-        """Keep the path when we close: a successor holds the same socket."""
-        self._path = None
-
 
 def from_passed_fd(fd: int) -> Listener | Connection:
     """Take over a socket that was passed by number (--fd, LISTEN_FDS): listening or connected.
