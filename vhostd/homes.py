@@ -64,6 +64,7 @@ class KeptHome:
             shared.legacy.lefts.pop(name, None),
             shared.next_event,
             pause,
+            shared.legacy.files_of(self._config),
         )
 
     def pause(self) -> None:

@@ -20,7 +20,7 @@ from vhostd.handover.kept_fds import KeptFds
 from vhostd.handover.manager_store import open_store
 from vhostd.handover.state_dir import StateDir
 from vhostd.handover.state_memfd import StateDamaged, StateMemfd, StateVersionUnknown
-from vhostd.open_files import raise_limit, without_room
+from vhostd.open_files import OpenFiles, VmFiles, raise_limit
 from vhostd.pause import Pause
 from vhostd.transport.listener import Listener
 
@@ -48,6 +48,7 @@ class Legacy:
         gone: VMs that the configuration does not describe any more, whose VMMs still run.
         state_dir: what outlives the host, too.
         last_event: the event stream goes on after it.
+        open_files: what is set aside for VMs; None: there is no limit.
     """
 
     store: FdStore = field(default_factory=NoStore)
@@ -58,6 +59,7 @@ class Legacy:
     gone: list[str] = field(default_factory=list)
     state_dir: StateDir = field(default_factory=lambda: StateDir(None))
     last_event: int = 0
+    open_files: OpenFiles | None = None
 
     def keeping(self, vm_name: str) -> VmKeeping:
         """Where a VM's state goes."""
@@ -95,6 +97,10 @@ class Legacy:
         kept = self.kept.take(f"{vm.name}/{device}/{LISTEN}")
         adopted = None if kept is None else Listener.adopt(kept, path)
         return Listener.bind(path) if adopted is None else adopted
+
+    def files_of(self, vm: VmConfig) -> VmFiles:
+        """What of this process' open files is set aside for a VM."""
+        return VmFiles() if self.open_files is None else self.open_files.of(vm)
 
     def leave(self) -> None:
         """From now on nothing is recorded or forgotten: what comes is only our own end."""
@@ -163,7 +169,8 @@ def inherit(
                 legacy.take_over(vm.name, *found)
     # Those that are taken over are stored and have their files open already.
     in_order = sorted(vms, key=lambda vm: vm.name not in legacy.lefts)
-    legacy.paused |= without_room(in_order, raise_limit())
+    legacy.open_files = OpenFiles(raise_limit(), in_order)
+    legacy.paused |= legacy.open_files.without_room
     for vm in in_order:
         if vm.name not in legacy.paused:
             legacy.admit(vm)

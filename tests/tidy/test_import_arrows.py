@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "images": {"_native"},
     "backend": {
         "transport", "protocol", "session", "devices", "memory", "images", "handover", "_native",
-        "log", "config", "config_devices", "qmp",
+        "log", "config", "config_devices", "open_files", "qmp",
     },
     "metrics": {"control"},
     "keeper": {"systemd"},

@@ -15,6 +15,7 @@ from vhostd.backend.storage import StoragePolicy
 from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.worker import VmWorker
 from vhostd.devices.base import Device, Effects
+from vhostd.errors import PauseVm
 from vhostd.log import LogEvent
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
@@ -65,6 +66,7 @@ class DeviceSeat:
         try:
             if isinstance(self._source, Connection):
                 self.settled.set()
+                self._shared.files.enter()
                 self.connection = self._new_connection(worker, self._source)
                 await self._run_connection(self.connection)
             else:
@@ -86,13 +88,22 @@ class DeviceSeat:
                 if self.connection is not None:
                     self._turn_away(connection)
                     continue
+                self._enter(connection)
                 try:
                     self.connection = self._new_connection(worker, connection)
                 except OSError as error:
+                    self._shared.files.leave()
                     connection.close()
                     journal.guest_caused("open", LogEvent.HOST_ERROR, error=str(error))
                     continue
                 nursery.start_soon(self._run_connection, self.connection)
+
+    def _enter(self, connection: Connection) -> None:
+        try:
+            self._shared.files.enter()
+        except PauseVm:
+            connection.close()
+            raise
 
     def _resume(self, worker: VmWorker) -> DeviceConnection | None:
         """The connection a predecessor left, if it can be served."""
@@ -102,11 +113,13 @@ class DeviceSeat:
             self.settled.set()
             return None
         try:
-            return self._new_connection(worker, connection, left)
+            resumed = self._new_connection(worker, connection, left)
         except Exception:
             self._shared.keeping.pause()
             self._shared.keeping.leave_connection(connection)
             raise
+        self._shared.files.enter(resumed=True)
+        return resumed
 
     def _turn_away(self, connection: Connection) -> None:
         connection.close()
@@ -151,6 +164,7 @@ class DeviceSeat:
                 self.commit()
         finally:
             self.connection = None
+            self._shared.files.leave()
             self._idle.set()
             journal.log.info(LogEvent.VM_DISCONNECTED, device=self.name)
             journal.publish(LogEvent.VM_DISCONNECTED, {"device": self.name})

@@ -12,6 +12,7 @@ from vhostd.backend.journal import Journal
 from vhostd.backend.keeping import VmKeeping
 from vhostd.devices.base import GuestRange
 from vhostd.memory.registry import MemoryRegistry
+from vhostd.open_files import VmFiles
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -59,6 +60,7 @@ class Surroundings:
         keeping: what a successor gets.
         next_event: number of the event stream's next event.
         preallocated: windows whose memory was allocated ahead: a report takes none of it.
+        files: open files set aside for it.
         memory_slots: the VMM may send its memory table slot by slot. QEMU 11.1 crashes at a reboot
             where one device has that and another has shared memory mapped.
     """
@@ -73,3 +75,4 @@ class Surroundings:
     keeping: VmKeeping = field(default_factory=VmKeeping.none)
     next_event: Callable[[], int] = lambda: 0
     preallocated: tuple[GuestRange, ...] = ()
+    files: VmFiles = field(default_factory=VmFiles)

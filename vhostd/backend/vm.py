@@ -30,6 +30,7 @@ from vhostd.devices.mem import Mem
 from vhostd.devices.memory_plan import MemoryGoal, MemRoom, boot_memory_size, plan_memory
 from vhostd.devices.pmem import Pmem
 from vhostd.memory.registry import MemoryRegistry
+from vhostd.open_files import VmFiles
 from vhostd.transport.connection import Connection
 from vhostd.transport.listener import Listener
 
@@ -56,6 +57,7 @@ class Vm:
         left: VmLeft | None = None,
         next_event: Callable[[], int] = lambda: 0,
         pause: Callable[[BaseException], None] = unsupervised,
+        files: VmFiles | None = None,
     ) -> None:
         """Set a VM up; next_event is the number of the event stream's next event.
 
@@ -64,6 +66,7 @@ class Vm:
             keeping: where its state goes; None: nobody keeps it.
             left: what a predecessor left of it.
             pause: has the VM served no more, because of an error.
+            files: what of this process' open files is set aside for it.
 
         Raises:
             ValueError: that is of other devices than the configuration has.
@@ -72,6 +75,7 @@ class Vm:
         self.settled = trio.Event()
         self._left = left
         self._pause = pause
+        self._files = VmFiles() if files is None else files
         self._registry = registry
         keeping = self._keeping = VmKeeping.none() if keeping is None else keeping
         self.config = config
@@ -139,6 +143,7 @@ class Vm:
             keeping,
             next_event,
             tuple(mem.options.window for mem in self.mems.values() if mem.options.prealloc),
+            self._files,
         )
 
     @property
