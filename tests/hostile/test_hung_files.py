@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
+import pytest
 import trio
 
-from tests.daemon import VhostdProcess
+from tests.daemon import VhostdProcess, children
 from tests.fakes.channel import ConnectionLost
 from tests.fakes.frontend import FrontEnd
 from tests.fakes.fuse import FLUSH, GETATTR, hung_file
@@ -23,6 +27,8 @@ stats_interval_s = 0
 stats_interval_s = 0
 """
 ANSWER_TIMEOUT_S = 2.0
+SUCCESSOR_TIMEOUT_S = 30.0  # at worst the watchdog's 10, 5 for the end and 2 for the kernel
+LONG = pytest.mark.long
 REGION = WireRegion(1 << 40, MIB, 1 << 40, 0)
 
 ACTS: dict[str, Callable[[FrontEnd, int], object]] = {
@@ -42,6 +48,14 @@ ACTS: dict[str, Callable[[FrontEnd, int], object]] = {
 }
 
 
+async def answers(daemon: VhostdProcess, vm: str) -> bool:
+    """Whether the daemon of now says that it serves a VM."""
+    try:
+        return bool((await daemon.status(vm))["state"] == "connected")
+    except (OSError, httpx.HTTPError):
+        return False  # between two daemons
+
+
 async def test_a_file_that_hangs_stops_no_other_vm(tmp_path: Path) -> None:
     async with VhostdProcess.start(tmp_path, CONFIG) as daemon:
         with FrontEnd.connect(tmp_path / "b-balloon.sock", ANSWER_TIMEOUT_S) as other:
@@ -56,3 +70,29 @@ async def test_a_file_that_hangs_stops_no_other_vm(tmp_path: Path) -> None:
                 status = await daemon.status("b")
                 assert status["state"] == "connected"
             assert await trio.to_thread.run_sync(other.get_features)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=LONG)])
+async def test_a_daemon_that_can_t_end_is_followed_by_another(
+    tmp_path: Path, end: signal.Signals
+) -> None:
+    """A thread of it waits for a VMM's file system, which no signal ends."""
+    async with VhostdProcess.start(tmp_path, CONFIG, "--keep") as daemon:
+        with (
+            FrontEnd.connect(tmp_path / "a-balloon.sock") as bad,
+            FrontEnd.connect(tmp_path / "b-balloon.sock") as other,
+        ):
+            assert await trio.to_thread.run_sync(other.get_features)
+            with hung_file() as hung:
+                await trio.to_thread.run_sync(bad.raw, b"\1\0\0\0", [hung.fd])
+                await trio.to_thread.run_sync(hung.wait_asked, FLUSH)
+                before = daemon.worker
+                os.kill(daemon.process.pid if end is signal.SIGHUP else before, end)
+                with trio.fail_after(SUCCESSOR_TIMEOUT_S):
+                    while "left behind" not in daemon.log():  # noqa: ASYNC110 - nothing tells
+                        await trio.sleep(0.05)
+                assert await trio.to_thread.run_sync(other.get_features)
+                assert children(daemon.process.pid)[0] == before
+                with trio.fail_after(SUCCESSOR_TIMEOUT_S):
+                    while not await answers(daemon, "b"):  # noqa: ASYNC110
+                        await trio.sleep(0.05)

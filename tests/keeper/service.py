@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -54,6 +55,8 @@ def obey(channel: socket.socket, word: str, arguments: list[Any], fds: Sequence[
             for name, fd in zip(arguments, fds, strict=True):
                 systemd.store_fds(channel, name, [fd])
             os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":  # until the file system answers, which no signal ends
+            threading.Thread(target=os.close, args=(fds[0].take(),), daemon=True).start()
         case "on_signal":
             number, code = arguments
             signal.signal(number, signal.SIG_IGN if code is None else exit_with(code))

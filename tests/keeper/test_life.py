@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.eventfd import wait_readable
+from tests.fakes.fuse import FLUSH, hung_file
 from tests.keeper.keeping import ROOT, TIMEOUT_S, Keeper, Service, closing, keeping
 
 
@@ -71,6 +72,27 @@ def test_a_configuration_that_goes_wrong_later_costs_no_descriptor(folder: Path)
         keeper.signal(signal.SIGHUP)
         keeper.next_service().send("exit", 2)
         assert keeper.next_service().passed == {"kept": 1}
+
+
+def test_a_service_that_can_t_end_is_left_behind(folder: Path) -> None:
+    """A thread of it waits for a file system of a VMM's own, which never answers."""
+    with closing(kept := os.eventfd(0)), keeping(folder, stop_timeout_s=0.2) as keeper:
+        service = keeper.next_service()
+        service.store("kept", kept)
+        service.ready()
+        with hung_file() as hung:
+            service.tell("hang", fds=[hung.fd])
+            hung.wait_asked(FLUSH)
+            keeper.signal(signal.SIGHUP)
+            successor = keeper.next_service()
+            assert successor.passed == {"kept": 1}
+            assert f"PID {service.pid} waits for a file system" in keeper.wait_line("left behind")
+        assert f"PID {service.pid}" in keeper.wait_line("has ended")
+        with hung_file() as hung:
+            successor.tell("hang", fds=[hung.fd])
+            hung.wait_asked(FLUSH)
+            keeper.signal(signal.SIGTERM)
+            assert keeper.wait_end() == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize("code", [1, 3, 255])

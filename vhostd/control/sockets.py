@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from struct import Struct
 from types import TracebackType
 from typing import Final, Self
 
@@ -18,11 +19,16 @@ from vhostd.fds import OwnedFd
 
 BACKLOG: Final = 128
 
+_LOCK_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_UCRED: Final = Struct("=iII")  # struct ucred: pid, uid, gid; of who called listen(2)
+
 
 class RuntimeDirLock:
     """Held by the one daemon of a runtime directory, and freed by the kernel when it dies.
 
-    The lock file stays behind: removing it would let two daemons lock two files of one name.
+    The lock file stays behind: removing it would let two daemons lock two files of one name. It is
+    replaced only where its holder was killed while a thread of it waits in the kernel, maybe for
+    ever: that daemon does nothing any more, but holds the lock.
 
     Raises:
         ConfigError: another daemon holds it.
@@ -33,21 +39,47 @@ class RuntimeDirLock:
         path = runtime_dir / "control.lock"
         try:
             runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = OwnedFd(os.open(path, flags, 0o600))
+            self._fd = OwnedFd(os.open(path, _LOCK_FLAGS, 0o600))
+            if not _lock(self._fd):
+                if not _is_killed(_holder(self._fd)):
+                    raise ConfigError(
+                        f"{runtime_dir}: another vhostd serves this runtime directory"
+                    )
+                path.unlink()
+                self._fd.close()
+                self._fd = OwnedFd(os.open(path, _LOCK_FLAGS | os.O_EXCL, 0o600))
+                if not _lock(self._fd):
+                    raise ConfigError(f"{runtime_dir}: another vhostd has just been started there")
+            os.ftruncate(self._fd.fileno(), 0)
+            os.pwrite(self._fd.fileno(), str(os.getpid()).encode(), 0)
         except OSError as error:
             raise HostError(f"{path}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._fd.close()
-            raise ConfigError(
-                f"{runtime_dir}: another vhostd serves this runtime directory"
-            ) from error
 
     def close(self) -> None:
         """Let another daemon in."""
         self._fd.close()
+
+
+def _lock(fd: OwnedFd) -> bool:
+    try:
+        fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: OwnedFd) -> int | None:
+    content = os.pread(fd.fileno(), 20, 0)
+    return int(content) if content.isdigit() else None
+
+
+def _is_killed(pid: int | None) -> bool:
+    """Its main thread has ended, and another one waits in the kernel: proc_pid_stat(5)."""
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return pid is not None and stat_line.rpartition(") ")[2].startswith("Z")
 
 
 class ListeningSocket:
@@ -124,4 +156,9 @@ def _remove_stale(path: Path) -> None:
             pass  # its backlog is full: somebody lives there
         except OSError as error:
             raise HostError(f"{path}: {error.strerror}") from error
+        else:
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            if _is_killed(_UCRED.unpack(credentials)[0]):
+                path.unlink(missing_ok=True)
+                return
     raise ConfigError(f"{path}: a live server listens there")

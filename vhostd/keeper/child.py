@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 from vhostd.fds import OwnedFd
@@ -51,6 +52,12 @@ class Child:
     def lived_s(self) -> float:
         """Seconds since it was started."""
         return time.monotonic() - self.started_s
+
+    @property
+    def killed(self) -> bool:
+        """Its main thread has ended, and the kernel waits for another one: proc_pid_stat(5)."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        return stat.rpartition(") ")[2].startswith("Z")
 
     def begin_life(self) -> None:
         """Its life begins now, though the process is older."""
@@ -167,3 +174,13 @@ def place(fds: Sequence[int]) -> None:
         os.dup2(now[index], target, inheritable=True)
         os.close(now[index])
         del index_of[now[index]]
+
+
+def occupy_standard_descriptors() -> None:
+    """Have /dev/null where stdin, stdout or stderr is closed."""
+    # A keeper started with stdin closed would otherwise give its socket to the service as stdin.
+    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    while fd <= 2:
+        os.set_inheritable(fd, True)
+        fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.close(fd)

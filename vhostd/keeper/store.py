@@ -13,6 +13,7 @@ from typing import Final
 
 from vhostd.fds import OwnedFd
 from vhostd.keeper.same_file import OpenFiles
+from vhostd.keeper.speech import say
 from vhostd.systemd import FDS_PER_MESSAGE_MAX
 
 STORE_MAX: Final = 16384
@@ -131,3 +132,11 @@ class FdStore:
         for number in list(self._stored):
             self._drop(number)
         self._hang_ups.close()
+
+
+def room_for(store_max: int) -> int:
+    """Of the store, with as many open files as we may have."""
+    room = raise_fd_limit() - RESERVED_FDS
+    if room < store_max:
+        say(f"storing {room} descriptors at most, not {store_max}: the limit of open files")
+    return min(room, store_max)

@@ -12,16 +12,18 @@ import selectors
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from vhostd.errors import HostError
-from vhostd.keeper.child import Child, service_environment
+from vhostd.keeper.child import Child, occupy_standard_descriptors, service_environment
+from vhostd.keeper.ending import Ending
 from vhostd.keeper.notify_socket import Notification, NotifySocket, Refused
 from vhostd.keeper.signals import SignalWakeup
 from vhostd.keeper.spare import LOAD_TIMEOUT_S, Starter
 from vhostd.keeper.speech import Complaints, printable, say
-from vhostd.keeper.store import RESERVED_FDS, STORE_MAX, FdStore, raise_fd_limit
+from vhostd.keeper.store import STORE_MAX, FdStore, room_for
 from vhostd.keeper.store_requests import change_store
 from vhostd.systemd import notify
 
@@ -89,9 +91,9 @@ def keep(
     Raises:
         HostError: the socket cannot be made, or no process for the very first start.
     """
-    _occupy_standard_descriptors()
+    occupy_standard_descriptors()
     parent = socket_parent or Path(environment.get("TMPDIR") or "/tmp")
-    room = _room(store_max)
+    room = room_for(store_max)
     notify_socket = NotifySocket(parent)
     supervisor = Supervisor(
         argv,
@@ -109,23 +111,6 @@ def keep(
         return supervisor.run()
     finally:
         supervisor.close()
-
-
-def _room(store_max: int) -> int:
-    """Of the store, with as many open files as we may have."""
-    room = raise_fd_limit() - RESERVED_FDS
-    if room < store_max:
-        say(f"storing {room} descriptors at most, not {store_max}: the limit of open files")
-    return min(room, store_max)
-
-
-def _occupy_standard_descriptors() -> None:
-    # A keeper started with stdin closed would otherwise give its socket to the service as stdin.
-    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    while fd <= 2:
-        os.set_inheritable(fd, True)
-        fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.close(fd)
 
 
 class Supervisor:
@@ -153,7 +138,6 @@ class Supervisor:
         self._notify_socket = notify_socket
         self._store = store
         self._watchdog_s = watchdog_s
-        self._stop_timeout_s = stop_timeout_s
         self._quick_death_s = quick_death_s
         self._signals = SignalWakeup()
         self._complaints = Complaints()
@@ -161,6 +145,7 @@ class Supervisor:
             argv, environment, self._complaints, spare=spare, load_timeout_s=load_timeout_s
         )
         self._child: Child | None = None
+        self._ending = Ending(stop_timeout_s)
         self._goal = Goal.RUN
         self._ever_ready = False
         self._starts = 0
@@ -169,7 +154,6 @@ class Supervisor:
         # Deadlines on the monotonic clock; None: nothing is due.
         self._start_at_s: float | None = None
         self._ping_due_s: float | None = None
-        self._kill_at_s: float | None = None
         self._selector = selectors.DefaultSelector()
         for source, react in (
             (notify_socket, self._on_message),
@@ -207,7 +191,7 @@ class Supervisor:
             for at_s in (
                 self._start_at_s,
                 self._ping_due_s,
-                self._kill_at_s,
+                self._ending.due_s,
                 self._starter.spare_due_s,
                 self._starter.renewed_by_s,
             )
@@ -222,10 +206,8 @@ class Supervisor:
         self._starter.on_deadline(now_s)
         if self._ping_due_s is not None and self._ping_due_s <= now_s:
             self._abort(f"no WATCHDOG=1 for {self._watchdog_s} s")
-        if self._kill_at_s is not None and self._kill_at_s <= now_s and self._child is not None:
-            self._kill_at_s = None
-            say(f"PID {self._child.pid} has not ended after {self._stop_timeout_s} s: killed")
-            self._child.send_signal(signal.SIGKILL)
+        if self._child is not None and self._ending.on_deadline(now_s, self._child):
+            self._leave_behind(self._child)
 
     # The service's life.
 
@@ -255,13 +237,27 @@ class Supervisor:
             if not self._receive():
                 break
         self._selector.unregister(child)
+        self._ended(child, child.reap())
+
+    def _leave_behind(self, child: Child) -> None:
+        """It will never run again, but a thread of it waits in the kernel, maybe for ever."""
+        say(f"PID {child.pid} waits for a file system that does not answer: left behind")
+        self._selector.modify(child, selectors.EVENT_READ, partial(self._reap_late, child))
+        self._ended(child, -signal.SIGKILL)
+
+    def _reap_late(self, child: Child) -> None:
+        self._selector.unregister(child)
+        child.reap()
+        say(f"PID {child.pid}, which was left behind, has ended")
+
+    def _ended(self, child: Child, code: int) -> None:
         lived_s = child.lived_s
-        code = child.reap()
         if self._goal is Goal.RUN and self._starter.renewed_by_s is not None:
             self._goal = Goal.UPGRADE  # sooner than was thought
             self._starter.drop_spares()
         goal = self._goal
-        self._child = self._ping_due_s = self._kill_at_s = None
+        self._child = self._ping_due_s = None
+        self._ending.over()
         how = f"ended with {code}" if code >= 0 else f"died by signal {-code}"
         say(f"PID {child.pid} {how} after {lived_s:.1f} s")
         # Whoever ended it, if not we, did not ask for the end of what it stored.
@@ -288,12 +284,16 @@ class Supervisor:
         if self._child is None or self._goal is not Goal.RUN:
             return  # it is ending already, and its time is limited
         say(f"PID {self._child.pid} is stuck: {why}")
+        if self._child.killed:
+            self._goal = Goal.ABORT
+            self._leave_behind(self._child)
+            return
         self._ask_to_end(self._child, Goal.ABORT, signal.SIGABRT)
 
     def _ask_to_end(self, child: Child, goal: Goal, number: signal.Signals) -> None:
         self._goal = goal
         self._ping_due_s = None
-        self._kill_at_s = time.monotonic() + self._stop_timeout_s
+        self._ending.begin()
         child.send_signal(number)
 
     # Signals.
@@ -391,10 +391,10 @@ class Supervisor:
             )
         if message.says("WATCHDOG", "trigger"):
             self._abort("it said so itself")
-        if message.says("STOPPING") and self._goal is Goal.RUN and self._kill_at_s is None:
+        if message.says("STOPPING") and self._goal is Goal.RUN and not self._ending.begun:
             self._ping_due_s = None
-            self._kill_at_s = now_s + self._stop_timeout_s
-        watched = child.ready and self._goal is Goal.RUN and self._kill_at_s is None
+            self._ending.begin()
+        watched = child.ready and self._goal is Goal.RUN and not self._ending.begun
         heard = message.says("WATCHDOG") or (message.says("READY") and self._ping_due_s is None)
         if self._watchdog_s is not None and watched and heard:
             self._ping_due_s = now_s + self._watchdog_s
