@@ -188,7 +188,7 @@ def test_the_contracts_other_devices_are_read_as_written(file: Path) -> None:
 def test_an_image_is_shared_by_those_who_only_read_it(file: Path, mistakes: Mistakes) -> None:
     other = PMEM.replace("web", "db")
     line = (
-        "vm: /var/lib/images/disk0.img is the image of vm.web.pmem disk0 and vm.db.pmem disk0;"
+        "vm.db: /var/lib/images/disk0.img is the image of vm.web.pmem disk0 and vm.db.pmem disk0;"
         " only read-only devices may share one"
     )
     assert mistakes(EXAMPLE + PMEM + other) == [line]

@@ -43,15 +43,18 @@ def run(config_path: Path, runtime_dir: Path | None, state_dir: Path | None, kee
         sys.exit(keep_running(program, watchdog_s=WATCHDOG_S, spare=True))
     from vhostd import daemon, log, systemd  # --help and check-config stay quick
     from vhostd.keeper import spare
+    from vhostd.served_config import choose
 
     if spare.is_spare(os.environ, os.getpid()):
         daemon.load_control()  # all of the program: nothing is loaded later
+        if spare.is_upgrade(os.environ):  # what serves now goes on until the file is mended
+            load(config_path, runtime_dir=runtime_dir, state_dir=state_dir)
         passed = spare.wait_for_turn()
     else:
         passed = systemd.passed_fds(os.environ, os.getpid())
-    config = load(config_path, runtime_dir=runtime_dir, state_dir=state_dir)
-    log.configure(config.log_format)
-    daemon.run(config, passed)
+    served = choose(config_path, passed, runtime_dir=runtime_dir, state_dir=state_dir)
+    log.configure(served.config.log_format)
+    daemon.run(served, passed)
 
 
 @cli.command("check-config")

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -82,6 +82,8 @@ class Config:
         log_format: None: console on a terminal, json elsewhere.
         refusals: a line for each device that no VMM that connects is given. A VMM that has it
             from an earlier release keeps it, so this is no reason not to serve the others.
+        mistakes: a line for each mistake in what is no single VM's; the default counts instead.
+        wrong: VMs that can't be served as they are described, and their mistakes, one line each.
     """
 
     runtime_dir: Path = DEFAULT_RUNTIME_DIR
@@ -90,6 +92,14 @@ class Config:
     metrics: MetricsConfig | None = None
     vms: Mapping[str, VmConfig] = field(default_factory=dict)
     refusals: tuple[str, ...] = ()
+    mistakes: tuple[str, ...] = ()
+    wrong: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def all_mistakes(self) -> list[str]:
+        """Of the whole file, one line each."""
+        of_vms = [line for lines in self.wrong.values() for line in lines]
+        return [*self.mistakes, *of_vms]
 
     @property
     def control_socket(self) -> Path:
@@ -112,22 +122,44 @@ def load(path: Path, *, runtime_dir: Path | None = None, state_dir: Path | None 
     Raises:
         ConfigError: it can't be read, is no TOML, or holds mistakes; all of them are named.
     """
-    mistakes = Mistakes(str(path))
+    config = parse(read_text(path), str(path), runtime_dir=runtime_dir, state_dir=state_dir)
+    if mistakes := config.all_mistakes:
+        raise ConfigError(*mistakes, *config.refusals)
+    return config
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a configuration file. Raises ConfigError: it can't be read."""
     try:
-        raw = tomllib.loads(path.read_bytes().decode())
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def parse(
+    text: bytes, source: str, *, runtime_dir: Path | None = None, state_dir: Path | None = None
+) -> Config:
+    """What a configuration file says, with its mistakes beside it.
+
+    Args:
+        source: the file's name, for the mistakes.
+        runtime_dir, state_dir: count for more than what it says.
+
+    Raises:
+        ConfigError: it is no TOML.
+    """
+    mistakes = Mistakes(source)
+    try:
+        raw = tomllib.loads(text.decode())
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8, as TOML must be") from error
+        raise ConfigError(f"{source}: byte {error.start} is not UTF-8, as TOML must be") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
+        raise ConfigError(f"{source}: is not TOML: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: holds a value Python can't read: {error}") from error
+        raise ConfigError(f"{source}: holds a value Python can't read: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: is not TOML: values are nested too deeply") from error
-    config = _read(Table(raw, mistakes), runtime_dir, state_dir)
-    mistakes.raise_if_any()
-    return replace(config, refusals=tuple(mistakes.refusals))
+        raise ConfigError(f"{source}: is not TOML: values are nested too deeply") from error
+    return _read(Table(raw, mistakes), runtime_dir, state_dir)
 
 
 def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Config:
@@ -151,34 +183,40 @@ def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Conf
 
     metrics = _metrics(root.table("metrics"))
     sockets = _Sockets(directories["runtime_dir"])
-    vms: dict[str, VmConfig] = {}
-    for name, table in root.tables("vm"):
-        vms[name] = _vm(name, table, sockets)
-    _check_images(root, vms)
+    tables = dict(root.tables("vm"))
+    vms = {name: _vm(name, table, sockets) for name, table in tables.items()}
+    _check_images(tables, vms)
     if not vms:
         root.mistake("vm", "no VM is described; write a table such as [vm.web.balloon]")
     root.end()
+    wrong = {
+        name: tuple(table.mistakes.lines) for name, table in tables.items() if table.mistakes.lines
+    }
     return Config(
         runtime_dir=directories["runtime_dir"],
         state_dir=directories["state_dir"],
         log_format=None if log_format is None else ("json" if log_format == "json" else "console"),
         metrics=metrics,
-        vms=vms,
+        vms={name: vm for name, vm in vms.items() if name not in wrong},
+        refusals=tuple(line for table in tables.values() for line in table.mistakes.refusals),
+        mistakes=tuple(root.mistakes.lines),
+        wrong=wrong,
     )
 
 
-def _check_images(root: Table, vms: Mapping[str, VmConfig]) -> None:
-    """An image that a device may write to is nobody else's."""
+def _check_images(tables: Mapping[str, Table], vms: Mapping[str, VmConfig]) -> None:
+    """An image that a device may write to is nobody else's; it is whose comes first."""
     users: dict[Path, list[tuple[str, PmemConfig]]] = {}
     for name, vm in vms.items():
         for pmem in vm.pmems:
-            users.setdefault(pmem.file, []).append((f"vm.{name}.pmem {pmem.id}", pmem))
+            users.setdefault(pmem.file, []).append((name, pmem))
     for file, devices in users.items():
         if len(devices) > 1 and not all(pmem.readonly for _, pmem in devices):
-            names = " and ".join(name for name, _ in devices)
-            root.mistake(
-                "vm", f"{file} is the image of {names}; only read-only devices may share one"
-            )
+            names = " and ".join(f"vm.{name}.pmem {pmem.id}" for name, pmem in devices)
+            for later in dict.fromkeys(name for name, _ in devices[1:]):
+                tables[later].mistake(
+                    "", f"{file} is the image of {names}; only read-only devices may share one"
+                )
 
 
 def _metrics(table: Table) -> MetricsConfig | None:
@@ -279,9 +317,9 @@ def _vm(name: str, table: Table, sockets: _Sockets) -> VmConfig:
             _add_window(device, WindowPlace(pmem.id, pmem.window_address, pmem.size), windows)
         pmems.append(pmem)
         device.end()
+    table.end()  # a misspelt device comes before the one that is missing
     if balloon is None and not mems and not pmems and "balloon" not in table:
         table.mistake("", f"has no device; write a table [{table.where}.balloon]")
-    table.end()
     config = VmConfig(name, qmp, balloon, tuple(mems), tuple(pmems))
     for pair in found_pairs(config):
         if pair.refused:

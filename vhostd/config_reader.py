@@ -36,6 +36,15 @@ class Mistakes:
         """Add such a line to the refusals."""
         self.refusals.append(_visible(f"{self._source}: {where}: {text}"))
 
+    def apart(self) -> Mistakes:
+        """An empty one of the same file."""
+        return Mistakes(self._source)
+
+    @property
+    def lines(self) -> Sequence[str]:
+        """All of them, refusals left out."""
+        return self._lines
+
     def raise_if_any(self, *, refusals: bool = False) -> None:
         """Raises ConfigError with all lines, if there are any; refusals alone count if asked."""
         if self._lines or (refusals and self.refusals):
@@ -53,27 +62,29 @@ class Table:
 
     Attributes:
         where: the table's dotted name, empty for the file's own.
+        mistakes: where what is wrong with it goes.
     """
 
     def __init__(self, content: Mapping[str, object], mistakes: Mistakes, where: str = "") -> None:
         self.where = where
         self._content = content
-        self._mistakes = mistakes
+        self.mistakes = mistakes
         self._known: dict[str, None] = {}
 
     def __contains__(self, key: str) -> bool:
+        self._known[key] = None
         return key in self._content
 
     def mistake(self, key: str, text: str) -> None:
         """Say what is wrong with a key; an empty one means the table itself."""
-        self._mistakes.add(self._name(key), text)
+        self.mistakes.add(self._name(key), text)
 
     def refusal(self, key: str, text: str) -> None:
         """Say why no VMM that connects gets what a key describes.
 
         A VMM that has it already, from a predecessor of this process, keeps it.
         """
-        self._mistakes.add_refusal(self._name(key), text)
+        self.mistakes.add_refusal(self._name(key), text)
 
     def end(self) -> None:
         """Every key was asked for: name the ones that nobody knows."""
@@ -90,12 +101,16 @@ class Table:
         if not isinstance(found, dict):
             self.mistake(key, f"is no table; write [{self._name(key)}]")
             found = {}
-        return Table(found, self._mistakes, self._name(key))
+        return Table(found, self.mistakes, self._name(key))
 
     def tables(self, key: str) -> Sequence[tuple[str, Table]]:
-        """The tables inside one table, by name, in the file's order."""
+        """The tables inside one table, by name, in the file's order, each with its own mistakes."""
         parent = self.table(key)
-        return [(name, parent.table(name)) for name in parent._content]
+        return [(name, parent._apart(name)) for name in parent._content]
+
+    def _apart(self, key: str) -> Table:
+        self._known[key] = None
+        return Table(self._content, self.mistakes.apart(), self.where).table(key)
 
     def array(self, key: str) -> Sequence[Table]:
         """An array of tables, [[...]]."""
@@ -104,7 +119,7 @@ class Table:
             self.mistake(key, f"is no array of tables; write [[{self._name(key)}]]")
             return []
         return [
-            Table(entry, self._mistakes, f"{self._name(key)}[{position}]")
+            Table(entry, self.mistakes, f"{self._name(key)}[{position}]")
             for position, entry in enumerate(found)
         ]
 

@@ -15,20 +15,25 @@ import trio
 
 from vhostd import __version__, systemd, takeover
 from vhostd.backend.journal import Journal
-from vhostd.config import DEFAULT_STATE_DIR, Config, MetricsConfig, VmConfig
+from vhostd.config import DEFAULT_STATE_DIR, MetricsConfig, VmConfig
 from vhostd.control.events import EventStream
 from vhostd.errors import HostError, VhostdError
 from vhostd.fds import OwnedFd
+from vhostd.handover import kept_config
 from vhostd.handover.state_dir import StateDir
 from vhostd.homes import KeptHome, NoHome, Shared, SingleHome
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.pause import Pause
+from vhostd.served_config import ServedConfig
 from vhostd.supervision import Source, SupervisedVm
 from vhostd.takeover import Legacy
 
 SETTLE_TIMEOUT_S: Final = 1.0
 """How long operators wait for VMs that are taken over; an image on hung storage takes longer."""
+
+
+MEND: Final = "mend the file (vhostd check-config FILE), then restart vhostd"
 
 
 class Daemon:
@@ -198,7 +203,7 @@ def load_control() -> None:
     import vhostd.control.server  # noqa: F401
 
 
-def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
+def run(served: ServedConfig, passed: Mapping[str, list[OwnedFd]]) -> None:
     """Serve what a configuration file describes, until a signal ends it.
 
     passed: descriptors a service manager kept of a predecessor, by name; ours from here on.
@@ -206,14 +211,14 @@ def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
     Raises:
         ConfigError, HostError: it cannot be served; the text is for the operator.
     """
-    for line in config.refusals:
-        get_logger().error(
-            LogEvent.DEVICE_REFUSED, error=line, consequence="a VMM that connects is turned away"
-        )
+    config = served.config
+    _tell_mistakes(served)
     if not passed:
         load_control()  # who finds a device's socket finds the control socket, too
     state_dir = StateDir.open(config.state_dir, make=config.state_dir != DEFAULT_STATE_DIR)
-    legacy = takeover.inherit(list(config.vms.values()), state_dir, passed)
+    legacy = takeover.inherit(list(config.vms.values()), state_dir, passed, config.wrong)
+    with kept_config.pack(served.text) as text:
+        legacy.store.keep_config(text.fileno())
     try:
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
@@ -222,10 +227,28 @@ def run(config: Config, passed: Mapping[str, list[OwnedFd]]) -> None:
     def populate(daemon: Daemon) -> None:
         for vm in config.vms.values():
             daemon.add(vm)
+        for name, lines in config.wrong.items():
+            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+            daemon.add_absent(name, Pause(lines[0] + more, MEND), stays=True)
         for name in legacy.gone:
             daemon.add_absent(name, legacy.paused[name], stays=False)
 
     run_to_end(populate, legacy, config.runtime_dir, config.metrics)
+
+
+def _tell_mistakes(served: ServedConfig) -> None:
+    log = get_logger()
+    for line in served.complaints:
+        log.error(
+            LogEvent.CONFIG_WRONG,
+            error=line,
+            consequence="the configuration from before is served",
+            remedy=MEND,
+        )
+    for line in served.config.refusals:
+        log.error(
+            LogEvent.DEVICE_REFUSED, error=line, consequence="a VMM that connects is turned away"
+        )
 
 
 def run_single(config: VmConfig, source: Source, runtime_dir: Path | None) -> None:

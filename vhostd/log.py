@@ -26,6 +26,7 @@ Processor: TypeAlias = Callable[[Any, str, MutableMapping[str, Any]], Any]
 class LogEvent(StrEnum):
     """Names of the lines the daemon itself writes; the data is in the line's keys."""
 
+    CONFIG_WRONG = "configuration_wrong"
     DAEMON_STARTED = "daemon_started"
     DAEMON_STOPPING = "daemon_stopping"
     DAEMON_STOPPED = "daemon_stopped"

@@ -5,7 +5,7 @@ Knows the fd store and state memfds. Must not know how a VM goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -142,13 +142,17 @@ class Legacy:
 
 
 def inherit(
-    vms: list[VmConfig], state_dir: StateDir, passed: Mapping[str, list[OwnedFd]]
+    vms: list[VmConfig],
+    state_dir: StateDir,
+    passed: Mapping[str, list[OwnedFd]],
+    wrong: Collection[str] = (),
 ) -> Legacy:
     """Take over what the service manager passed.
 
     Args:
         passed: descriptors by name, ours from here on.
         vms: those of the configuration; others whose VMMs still run are paused.
+        wrong: names of those that the configuration describes wrongly.
         state_dir: what outlives the host, too.
     """
     kept = KeptFds(passed)
@@ -174,7 +178,7 @@ def inherit(
     for vm in in_order:
         if vm.name not in legacy.paused:
             legacy.admit(vm)
-    for name in sorted((kept.vms() | set(kept.unknown)) - {vm.name for vm in vms}):
+    for name in sorted((kept.vms() | set(kept.unknown)) - {*wrong, *(vm.name for vm in vms)}):
         legacy.gone.append(name)
         legacy.paused[name] = NOT_DESCRIBED
     return legacy

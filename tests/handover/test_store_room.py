@@ -23,7 +23,7 @@ def test_a_vm_for_which_there_is_no_room_is_told_before_it_is_served(manager: Ma
     store.tell_failures(lambda vm, why: told.append((vm, why)))
     assert store.admit("one", need(3, 1)) is None
     why = store.admit("two", need(3, 1))
-    assert why is not None and "FileDescriptorStoreMax= of the unit to 26" in why
+    assert why is not None and "FileDescriptorStoreMax= of the unit to 27" in why
     assert store.admit("three", need(1, 0)) is None
     assert not told and store.not_kept("one") is None
     store.leave()

@@ -93,7 +93,7 @@ def test_a_program_that_cannot_be_loaded_is_not_upgraded_to(folder: Path) -> Non
     with upgradable(folder) as (keeper, program, service):
         program.install(ENDS)
         keeper.signal(signal.SIGHUP)
-        keeper.wait_line("no upgrade: the program ended before it was loaded")
+        keeper.wait_line("no upgrade: the new program ended at once; it says why above")
         service.ready()
         assert children(keeper.process.pid) == [service.pid]
         program.install(LOADS)

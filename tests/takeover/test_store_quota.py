@@ -92,9 +92,9 @@ def test_vms_for_which_the_store_has_no_room_are_left_alone_with_the_reason(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        monkeypatch.setenv("FDSTORE", "10")  # four descriptors a VM, and two under way
+        monkeypatch.setenv("FDSTORE", "11")  # four descriptors a VM, and three beside them
         legacy = inherit(vms(tmp_path), StateDir(None), {})
         legacy.leave()
     assert list(legacy.paused) == ["three"]
-    assert "room for 10" in legacy.paused["three"].reason
-    assert "to 14 or more" in legacy.paused["three"].reason
+    assert "room for 11" in legacy.paused["three"].reason
+    assert "to 15 or more" in legacy.paused["three"].reason

@@ -17,7 +17,6 @@ from vhostd.control.api import create_app, create_metrics_app
 from vhostd.control.http import HttpServer
 from vhostd.control.interface import Daemon
 from vhostd.control.sockets import ListeningSocket, RuntimeDirLock
-from vhostd.errors import HostError
 from vhostd.log import LogEvent, get_logger
 
 CONTROL_MODE: Final = 0o600
@@ -62,8 +61,8 @@ async def serve_control(
             )
         ]
         metrics_port = 0
-        if metrics is not None:
-            listeners = await _tcp_listeners(metrics)
+        listeners = [] if metrics is None else await _tcp_listeners(metrics)
+        if listeners:
             metrics_port = int(listeners[0].socket.getsockname()[1])
             servers.append(HttpServer(create_metrics_app(daemon), listeners))
         addresses = ControlAddresses(
@@ -97,9 +96,15 @@ def _listener(bound: ListeningSocket) -> trio.SocketListener:
 
 
 async def _tcp_listeners(metrics: MetricsConfig) -> list[trio.SocketListener]:
+    """None where the address can't be had: guests are served all the same."""
     try:
         return await trio.open_tcp_listeners(metrics.port, host=metrics.host)
     except OSError as error:
-        raise HostError(
-            f"metrics.listen: {metrics.host} port {metrics.port}: {error.strerror}"
-        ) from error
+        get_logger().error(
+            LogEvent.HOST_ERROR,
+            error=f"metrics.listen: {metrics.host} port {metrics.port}: {error.strerror}",
+            consequence="/metrics is served by the control sockets alone",
+            remedy="choose an address of this host and a free port (ss -ltnp), allow it in the"
+            " unit (RestrictAddressFamilies=, IPAddressAllow=), then restart vhostd",
+        )
+        return []

@@ -45,6 +45,9 @@ class FdStore(Protocol):
     def forget(self, vm: str, names: Sequence[str]) -> None:
         """Have these of a VM kept no longer."""
 
+    def keep_config(self, fd: int) -> None:
+        """Have the configuration kept, in place of the one before; fd stays the caller's."""
+
     def adopt(self, kept: KeptFds) -> None:
         """This is what a predecessor stored."""
 
@@ -77,6 +80,9 @@ class NoStore:
 
     def forget(self, vm: str, names: Sequence[str]) -> None:
         """Nothing was kept."""
+
+    def keep_config(self, fd: int) -> None:
+        """Not."""
 
     def adopt(self, kept: KeptFds) -> None:
         """There is none."""

@@ -17,6 +17,7 @@ import msgspec
 
 from vhostd import systemd
 from vhostd.fds import OwnedFd
+from vhostd.handover import kept_config
 from vhostd.handover.bundle import VERSION, Entry, Manifest, pack, peek
 from vhostd.handover.fd_store import NoStore
 from vhostd.handover.kept_fds import KeptFds, KeptVm
@@ -38,8 +39,8 @@ SEND_TIMEOUT_S: Final = 1.0
 NAMES_LENGTH_MAX: Final = 131072 - len("LISTEN_FDNAMES=") - 1
 """MAX_ARG_STRLEN, execve(2): with longer names no manager could start a successor."""
 
-UNDER_WAY: Final = 2
-"""Of a VM, while something new is stored and the old is not removed yet."""
+UNDER_WAY: Final = 3
+"""The configuration; and of a VM, while something new is stored and the old is not removed yet."""
 
 _ROOM: Final = "room"
 """In place of a role."""
@@ -184,6 +185,17 @@ class ManagerStore:
         self._mend(vm, roles)
         for entry in gone:
             self._remove(entry.stored)
+
+    def keep_config(self, fd: int) -> None:
+        try:
+            self._tell(systemd.forget_fds, kept_config.NAME)
+            self._tell(systemd.store_fds, kept_config.NAME, [fd], poll=False)
+        except OSError as error:
+            get_logger().error(
+                LogEvent.HOST_ERROR,
+                error=f"the configuration can't be kept: {_reason(error)}",
+                consequence="if its file is broken when vhostd starts again, no VM is served",
+            )
 
     def leave_vm(self, vm: str) -> None:
         self._left.add(vm)

@@ -34,6 +34,9 @@ SPARE_DELAY_S: Final = 0.5
 LOAD_TIMEOUT_S: Final = 30.0
 """A program that takes longer to load is not upgraded to."""
 
+UPGRADE: Final = "VHOSTD_UPGRADE"
+"""In the environment of a spare that is to take the place of a service that is well."""
+
 _BATCH: Final = 250  # descriptors a message; SCM_MAX_FD is 253
 _LOADED: Final = b"L"
 _SIZE: Final = struct.Struct("=Q")
@@ -167,13 +170,13 @@ class Starter:
         """Start a spare, or give up waiting for one, if its time has come."""
         if self.spare_due_s is not None and now_s >= self.spare_due_s:
             self.spare_due_s = None
-            self._spare = self._new_spare()
+            self._spare = self._new_spare({})
         if self.renewed_by_s is not None and now_s >= self.renewed_by_s:
             self._give_up(f"the program has not loaded within {self._load_timeout_s} s", now_s)
 
-    def _new_spare(self) -> Spare | None:
+    def _new_spare(self, more: Mapping[str, str]) -> Spare | None:
         try:
-            return Spare(self._argv, self._environment)
+            return Spare(self._argv, {**self._environment, **more})
         except OSError as error:
             self._complaints.complain("no spare process can be started", str(error.strerror))
             return None
@@ -184,7 +187,7 @@ class Starter:
             return False
         self._drop_renewal()
         self.spare_due_s = None
-        self._renewal = self._new_spare()
+        self._renewal = self._new_spare({UPGRADE: "1"})
         if self._renewal is not None:
             self._loading.register(self._renewal, select.EPOLLIN)
             self.renewed_by_s = now_s + self._load_timeout_s
@@ -195,7 +198,7 @@ class Starter:
         if self._renewal is None or not self._loading.poll(0):
             return False  # it was another that had something to say, and is gone
         if not self._renewal.loaded:
-            self._give_up("the program ended before it was loaded", now_s)
+            self._give_up("the new program ended at once; it says why above", now_s)
             return False
         self._loading.unregister(self._renewal)
         renewal, self._renewal = self._renewal, None
@@ -226,6 +229,12 @@ class Starter:
 def is_spare(environment: Mapping[str, str], pid: int) -> bool:
     """Whether this process is to wait for its turn."""
     return environment.get("LISTEN_FDNAMES") == NAME and environment.get("LISTEN_PID") == str(pid)
+
+
+def is_upgrade(environment: Mapping[str, str]) -> bool:
+    """Whether this spare is to take the place of a service that is well, so that it had better not
+    come to its turn with a configuration that can't be served."""
+    return UPGRADE in environment
 
 
 def wait_for_turn() -> dict[str, list[OwnedFd]]:
