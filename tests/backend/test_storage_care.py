@@ -124,7 +124,7 @@ class Rig:
             lambda vm, event, fields: self.news.append((event, fields)),
         )
         registry = MemoryRegistry()
-        requests = BackendRequests(journal)
+        requests = BackendRequests("disk0", journal)
         effects = EffectPerformer(
             self.native, requests, NoHostWork(), self.stops.append, lambda: None, journal
         )

@@ -165,10 +165,6 @@ class BackEnd:
         queued = fcntl.ioctl(self._the_channel(), termios.TIOCOUTQ, bytes(4))
         return queued != bytes(4)
 
-    def end_channel(self) -> None:
-        """Let the front end find the end of file on the back-end channel."""
-        self._the_channel().shutdown(socket.SHUT_WR)
-
     async def next_answer(self, timeout_s: float = 10) -> Message:
         """The front end's next answer on the back-end channel.
 

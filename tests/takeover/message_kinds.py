@@ -89,7 +89,6 @@ FEATURES = [
         _features,
         ready=_stop,
         after=_start,
-        stops=True,
     ),
     Kind("set-features-logging", Request.SET_FEATURES, _other_logging, ready=_set_log),
     Kind(
@@ -109,13 +108,11 @@ FEATURES = [
         answer=lambda vm: u64(vm.machine.offer.memory_slots),
     ),
     # Done twice it would be refused.
-    Kind("set-owner", Request.SET_OWNER, ready=_disown, stops=True),
-    Kind("reset-owner", Request.RESET_OWNER, after=_own, stops=True),
-    Kind(
-        "set-status", Request.SET_STATUS, _status, ready=_count, after=_status_is_kept, stops=True
-    ),
+    Kind("set-owner", Request.SET_OWNER, ready=_disown),
+    Kind("reset-owner", Request.RESET_OWNER, after=_own),
+    Kind("set-status", Request.SET_STATUS, _status, ready=_count, after=_status_is_kept),
     Kind("get-status", Request.GET_STATUS, answer=_status, ready=_set_status),
-    Kind("reset-device", Request.RESET_DEVICE, after=_start_afresh, stops=True),
+    Kind("reset-device", Request.RESET_DEVICE, after=_start_afresh),
 ]
 
 

@@ -49,7 +49,6 @@ def _ring_kind(request: Request) -> Kind:
         partial(_fds_of, request),
         ready=partial(_set_up_before, request),
         after=partial(_set_up_after, request),
-        stops=True,
     )
 
 
@@ -97,10 +96,13 @@ def _leave_unread(vm: BalloonVm) -> None:
     wait_until(lambda: readable(channel))
 
 
-def _find_it_given_up(vm: BalloonVm) -> None:
+def _find_it_withdrawn(vm: BalloonVm) -> None:
+    changes, withdrawn = vm.answerer.changes, vm.answerer.withdrawn
     vm.answerer.reads = True
-    wait_until(lambda: vm.answerer.lost)
+    wait_until(lambda: vm.answerer.withdrawn > withdrawn)
+    assert vm.answerer.changes == changes
     _set_up_again(vm)
+    wait_until(lambda: vm.answerer.changes > changes)
 
 
 def _position(vm: BalloonVm) -> bytes:
@@ -122,14 +124,12 @@ RINGS = [
         Request.SET_VRING_ENABLE,
         lambda vm: vring_state(RING, 0),
         after=partial(_enable, True),
-        stops=True,
     ),
     Kind(
         "set-vring-enable",
         Request.SET_VRING_ENABLE,
         lambda vm: vring_state(RING, 1),
         ready=partial(_enable, False),
-        stops=True,
     ),
     Kind(
         "get-vring-base",
@@ -137,7 +137,6 @@ RINGS = [
         lambda vm: vring_state(RING, 0),
         answer=_position,
         after=_set_up_again,
-        stops=True,
     ),
     # QEMU would crash on what it read of it after its stop.
     Kind(
@@ -146,7 +145,6 @@ RINGS = [
         lambda vm: vring_state(RING, 0),
         answer=_position,
         ready=_leave_unread,
-        after=_find_it_given_up,
-        stops=True,
+        after=_find_it_withdrawn,
     ),
 ]

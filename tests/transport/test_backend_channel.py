@@ -16,9 +16,10 @@ from vhostd.protocol.requests import BackendRequest
 from vhostd.protocol.wire import ShmemMapping
 from vhostd.transport.backend_channel import (
     UNANSWERED_MAX,
+    WITHDRAWN,
     BackendChannel,
     ChannelClosed,
-    NotBegun,
+    NotAsked,
 )
 
 from tests.fakes import messages
@@ -256,9 +257,7 @@ async def test_descriptors_in_an_answer_are_closed(pair: Pair) -> None:
     file = Watched()
     socket.send_fds(vmm.end, [answer(CONFIG_CHANGE)], [file.fd.fileno()])
     file.fd.close()
-
     await channel.request(CONFIG_CHANGE)
-
     assert file.closed
 
 
@@ -276,7 +275,9 @@ async def test_closing_wakes_who_asks(pair: Pair) -> None:
         channel.close()
 
 
-# -- the last byte waits until the rest was read ---------------------------------------------------
+# -- all but the first byte waits until that was read ----------------------------------------------
+
+REFUSED = messages.header(CONFIG_CHANGE | WITHDRAWN, 0x1, 0)
 
 
 async def test_a_request_is_not_whole_before_the_vmm_reads(unread: SilentPair) -> None:
@@ -285,42 +286,59 @@ async def test_a_request_is_not_whole_before_the_vmm_reads(unread: SilentPair) -
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.request, CONFIG_CHANGE)
         await trio.sleep(0.05)
-        assert vmm.recv(100) == REQUEST[:-1]
+        assert vmm.recv(100) == REQUEST[:1]
         await trio.to_thread.run_sync(lambda: vmm.recv_into(bytearray(1), 1, socket.MSG_PEEK))
-        assert vmm.recv(100) == REQUEST[-1:]
+        assert vmm.recv(100) == REQUEST[1:]
         vmm.send(answer(CONFIG_CHANGE))
 
 
-async def test_a_stop_before_the_vmm_reads_costs_the_channel(unread: SilentPair) -> None:
+@pytest.mark.parametrize("read", [False, True])
+async def test_a_stop_withdraws_a_request_that_is_not_whole(unread: SilentPair, read: bool) -> None:
+    """A VMM that waits in its handler for the rest is not left waiting either."""
     channel, vmm = unread
+    received = b""
     async with trio.open_nursery() as nursery:
 
         async def ask() -> None:
-            with pytest.raises(ChannelClosed):
+            with pytest.raises(NotAsked):
                 await channel.request(CONFIG_CHANGE)
 
         nursery.start_soon(ask)
-        await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked()
+        if read:
+            received = vmm.recv(100)
         channel.on_stopping()
 
-    assert channel.closed
-    assert vmm.recv(100) == REQUEST[:-1]
-    assert vmm.recv(100) == b""
-
-
-async def test_a_stop_after_the_vmm_has_begun_to_read_completes_the_request(
-    unread: SilentPair,
-) -> None:
-    """It waits in its handler for the last byte: a stop message must have come from before."""
-    channel, vmm = unread
+    while len(received) < len(REFUSED):
+        received += vmm.recv(100)
+    assert received == REFUSED
+    assert REFUSED[0] == REQUEST[0]
+    vmm.send(answer(CONFIG_CHANGE, 7))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.request, CONFIG_CHANGE)
         await trio.testing.wait_all_tasks_blocked()
-        assert vmm.recv(100) == REQUEST[:-1]
-        channel.on_stopping()
-        assert vmm.recv(100) == REQUEST[-1:]
-        vmm.send(answer(CONFIG_CHANGE))
-    assert not channel.closed
+        received = vmm.recv(100)
+        await trio.to_thread.run_sync(lambda: vmm.recv_into(bytearray(1), 1, socket.MSG_PEEK))
+        assert received + vmm.recv(100) == REQUEST
+
+
+async def test_a_withdrawn_mapping_brings_no_payload(unread: SilentPair) -> None:
+    channel, vmm = unread
+    with OwnedFd(os.memfd_create("image")) as image:
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                with pytest.raises(NotAsked):
+                    await channel.request(SHMEM_MAP, ShmemMapping(0, 0, 0, 4096, 0).pack(), [image])
+
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            channel.on_stopping()
+    received, fds, _flags, _address = socket.recv_fds(vmm, 1, 4)
+    received += vmm.recv(100)
+    assert received == messages.header(SHMEM_MAP | WITHDRAWN, 0x1, 0)
+    for fd in fds:
+        os.close(fd)
 
 
 async def test_a_request_given_up_before_it_was_read_costs_the_channel(unread: SilentPair) -> None:
@@ -334,7 +352,7 @@ async def test_a_request_given_up_before_it_was_read_costs_the_channel(unread: S
 
 async def test_a_request_that_may_not_begin_any_more_sends_nothing(unread: SilentPair) -> None:
     channel, vmm = unread
-    with pytest.raises(NotBegun):
+    with pytest.raises(NotAsked):
         await channel.request(CONFIG_CHANGE, may_begin=lambda: False)
 
     assert not channel.closed

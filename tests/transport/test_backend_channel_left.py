@@ -12,7 +12,7 @@ import trio
 from vhostd.fds import OwnedFd
 from vhostd.protocol.requests import BackendRequest
 from vhostd.protocol.wire import ShmemMapping
-from vhostd.transport.backend_channel import BackendChannel, ChannelClosed
+from vhostd.transport.backend_channel import WITHDRAWN, BackendChannel, ChannelClosed
 
 from tests.fakes import messages
 from tests.fakes.messages import u64
@@ -72,8 +72,8 @@ async def change(channel: BackendChannel, vmm: socket.socket, before: bytes = b"
 
 
 async def receive_all(vmm: socket.socket, expected: bytes) -> bytes:
-    """A request comes in two, its last byte once the rest was read."""
-    return await receive(vmm, len(expected) - 1) + await receive(vmm, 1)
+    """A request comes in two, the rest once its first byte was read."""
+    return await receive(vmm, 1) + await receive(vmm, len(expected) - 1)
 
 
 async def test_a_request_of_which_nothing_went_out_is_forgotten() -> None:
@@ -81,23 +81,41 @@ async def test_a_request_of_which_nothing_went_out_is_forgotten() -> None:
         await change(channel, vmm)
 
 
-async def test_the_last_byte_of_one_that_is_under_way_follows() -> None:
-    async with left(CHANGE, len(CHANGE) - 1) as (channel, vmm):
-        await change(channel, vmm, CHANGE[-1:])
+@pytest.mark.parametrize("sent", [1, 5, len(CHANGE) - 1])
+async def test_the_rest_of_one_that_is_under_way_follows(sent: int) -> None:
+    """An older release held back the last byte only."""
+    async with left(CHANGE, sent) as (channel, vmm):
+        await change(channel, vmm, CHANGE[sent:])
 
 
 async def test_one_that_carries_a_descriptor_is_taken_for_begun() -> None:
     """Its first byte leaves no trace; a VMM that has it alone would stand still for good."""
     async with left(MAP, 0) as (channel, vmm):
-        assert await receive(vmm, len(MAP) - 2) == MAP[1:-1]
-        await change(channel, vmm, MAP[-1:])
+        await change(channel, vmm, MAP[1:])
 
 
 async def test_one_whose_first_byte_is_on_record_goes_on() -> None:
     async with left(MAP, 1) as (channel, vmm):
-        got = await receive(vmm, len(MAP) - 2)
-        assert got == MAP[1:-1]
-        await change(channel, vmm, MAP[-1:])
+        await change(channel, vmm, MAP[1:])
+
+
+@pytest.mark.parametrize("data", [CHANGE, MAP], ids=["change", "map"])
+@pytest.mark.parametrize("written", [False, True])
+async def test_a_stop_withdraws_one_that_is_under_way(data: bytes, written: bool) -> None:
+    """written: the predecessor died in the middle of the same."""
+    refused = messages.header(data[0] | WITHDRAWN, 0x1, 0)
+    left_behind = refused + data[len(refused) :] if written else data
+    async with left(left_behind, 1) as (channel, vmm):
+        channel.on_stopping()
+        await change(channel, vmm, refused[1:])
+
+
+async def test_a_stop_costs_the_channel_where_an_older_release_sent_too_much() -> None:
+    async with left(CHANGE, len(CHANGE) - 1) as (channel, vmm):
+        os.write(channel.fileno(), CHANGE[:-1])
+        channel.on_stopping()
+        assert channel.closed
+        assert await receive(vmm, len(CHANGE) - 1) == CHANGE[:-1]
 
 
 @pytest.mark.parametrize("data", [b"", CHANGE, MAP], ids=["nothing", "change", "map"])

@@ -18,7 +18,7 @@ from vhostd.backend.journal import Journal
 from vhostd.fds import OwnedFd
 from vhostd.log import LogEvent
 from vhostd.protocol.requests import BackendRequest
-from vhostd.transport.backend_channel import BackendChannel, ChannelClosed, NotBegun
+from vhostd.transport.backend_channel import BackendChannel, ChannelClosed, NotAsked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,22 +34,34 @@ class _Wish:
 _CONFIG_CHANGE: Final = _Wish(BackendRequest.CONFIG_CHANGE_MSG)
 
 
+NO_CHANNEL: Final = "the VMM has given no channel for requests, or a predecessor lost it"
+
+
 class BackendRequests:
-    """What is to be asked of the VMM.
+    """What is to be asked of the VMM of one device.
 
     Attributes:
         config_changes: messages of that kind that went out. A VMM that answers with an error has
             them all the same: there is nothing to do about it, and the next wish asks again.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, device: str, journal: Journal) -> None:
         self.config_changes = 0
+        self._device = device
+        self._no_channel = NO_CHANNEL
         self._journal = journal
         self._config_changed = False
         self._mapping: _Wish | None = None
         self._open = False
         self._channel: BackendChannel | None = None
         self._changed = trio.Event()
+
+    @property
+    def untold(self) -> str | None:
+        """Why the guest of a started device can't be told of anything; None: it can."""
+        if not self._open or self._channel is not None:
+            return None
+        return f"the guest can't be told of a change: {self._no_channel}"
 
     @property
     def possible(self) -> bool:
@@ -118,8 +130,9 @@ class BackendRequests:
             while self._open and self._channel is not None and (wish := self._next()) is not None:
                 try:
                     await self._send(self._channel, wish)
-                except NotBegun:
-                    continue  # the gate was shut, or another wish has come instead
+                except NotAsked:
+                    # The gate was shut, or another wish has come instead.
+                    self._config_changed |= wish is _CONFIG_CHANGE
 
     def _next(self) -> _Wish | None:
         # The guest may use its region at once, so that mapping it comes first.
@@ -158,9 +171,12 @@ class BackendRequests:
     def _lose(self, channel: BackendChannel, error: ChannelClosed) -> None:
         self._config_changed = True  # maybe lost; a VMM with a new channel will be told
         if self._channel is channel:
+            told = {"device": self._device, "reason": str(error)}
             self._journal.log.warning(
                 LogEvent.CHANNEL_LOST,
-                reason=str(error),
-                consequence="the guest learns a new target only when its driver starts again",
+                **told,
+                consequence="the guest learns of a change only when its driver starts again",
             )
+            self._journal.publish(LogEvent.CHANNEL_LOST, told)
+            self._no_channel = f"the VMM's channel for requests was lost ({error})"
             self.use(None)

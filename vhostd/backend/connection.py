@@ -97,7 +97,7 @@ class DeviceConnection:
             None if left is None else left.session,
         )
         self._rings = Rings(self._native, device.queue_count)
-        self.requests = BackendRequests(journal)
+        self.requests = BackendRequests(name, journal)
         memory = self._memory = self._new_memory(shared)
         self._window = None
         host_work: HostWork = NoHostWork()

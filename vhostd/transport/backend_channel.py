@@ -4,10 +4,11 @@ Knows how a request and its acknowledgement look. Must not know when a request i
 crashes on one while its device is not started, so the session's gate decides that.
 
 The gate alone is not enough: a request may lie unread in the socket when QEMU begins to stop, and
-then it is read afterwards, and nothing takes it back. So the last byte of each request is held back
-until the rest was read. With the rest read, QEMU stands in its handler with its lock held and can't
-begin to stop; until then the request can still be given up, with the channel, at the cost of later
-requests but not of the VM.
+then it is read afterwards, and nothing takes it back. So only the first byte of each request is
+sent at first. Once QEMU has read it, QEMU stands in its handler with its lock held and can't begin
+to stop, so the rest is sent. If the stop comes before, the rest that is sent is another one: it
+makes the request one of a number that does not exist. A VMM refuses that, and goes on with the
+channel.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from vhostd.protocol.requests import BACKEND_RULES, BackendRequest
 from vhostd.protocol.wire import HEADER, U64, HeaderFlag
 from vhostd.transport.stream import Disconnected, UnixStream
 
+WITHDRAWN: Final = 0x100
+"""Added to a request's number, it is that of no request; its first byte is the same."""
+
 UNANSWERED_MAX: Final = 16
 """Requests given up while their answer is still due; a VMM further behind never answers."""
 
@@ -40,8 +44,8 @@ LOOK_AGAIN_MIN_S: Final = 0.0001
 LOOK_AGAIN_MAX_S: Final = 0.01
 
 
-class NotBegun(Exception):
-    """The request was not allowed any more when its turn came; nothing was sent."""
+class NotAsked(Exception):
+    """The request was not allowed any more before the VMM had begun to read it."""
 
 
 class ChannelClosed(Exception):
@@ -69,7 +73,9 @@ class BackendChannel:
         self._received = b""
         self._given_up: deque[BackendRequest] = deque()
         self._outbox = _new_outbox() if outbox is None else outbox
-        self._held_back = False  # of a request all but the last byte is under way
+        self._held_back = False  # of a request the first byte is under way
+        self._withdrawn = False  # the latest request was
+        self._begin_at = 0  # in the outbox: of the latest request, or of one before it
         self._stale_answers = outbox is not None  # to a predecessor, how many nobody knows
 
     @classmethod
@@ -109,27 +115,25 @@ class BackendChannel:
         return channel
 
     def _go_on(self) -> None:
-        """Send what is missing of a predecessor's last request, all but its last byte.
+        """Take up a predecessor's last request.
 
         Raises:
             Disconnected: the channel was hung up.
         """
         if self._stream.hung_up:
             raise Disconnected("hung up")
-        outbox = self._outbox
-        last = _last_request(outbox)
-        sent = os.lseek(outbox.fileno(), 0, os.SEEK_CUR)
-        if last is None or sent == last.end:
+        outbox = self._outbox.fileno()
+        under_way = _under_way(outbox, self._begin_at)
+        if under_way is None:
             return
-        if sent == last.begin and not last.carries_fds:
-            os.ftruncate(outbox.fileno(), sent)
+        if under_way.sent == 0 and not under_way.carries_fds:
+            os.ftruncate(outbox, under_way.begin)
             return
-        if sent == last.begin:
+        if under_way.sent == 0:
             # Only sendfile() says that it sent. A VMM that has the first byte and gets no more
             # stands still for good; one that has not, and gets the rest, gives up the channel.
-            sent = os.lseek(outbox.fileno(), 1, os.SEEK_CUR)
-        sent += self._stream.send_from(outbox.fileno(), last.end - 1 - sent)
-        self._held_back = sent == last.end - 1
+            os.lseek(outbox, 1, os.SEEK_CUR)
+        self._held_back = True
 
     @property
     def outbox_fd(self) -> int:
@@ -158,25 +162,41 @@ class BackendChannel:
     def on_stopping(self) -> None:
         """The VMM begins to stop the device: a request it has not begun to read must not be read.
 
-        Closes the channel if there is such a request; nothing else takes it back.
+        It is made one that the VMM refuses, so that the channel goes on.
         """
         if not self._held_back or self.closed:
             return
         try:
-            if self._stream.unread:
-                self.close()
-            else:
-                self._finish()
+            self._withdraw()
         except (Disconnected, HostError):
             self.close()  # the VMM has hung up this channel, and that alone
 
+    def _withdraw(self) -> None:
+        outbox = self._outbox.fileno()
+        under_way = _under_way(outbox, self._begin_at)
+        assert under_way is not None, "one is held back"
+        if under_way.sent == 1:
+            # What is written here first, a successor sends as well.
+            refused = HEADER.pack(under_way.number | WITHDRAWN, HeaderFlag.VERSION, 0)
+            os.pwrite(outbox, refused[1:], under_way.begin + 1)
+        elif self._stream.unread:
+            # Of a predecessor of an older release, which held back its last byte only.
+            raise Disconnected("a stop met a request")
+        self._finish()
+        self._withdrawn = True
+
     def _finish(self) -> None:
-        if self._stream.send_from(self._outbox.fileno(), 1) == 0:
-            raise HostError(errno.ENOBUFS, "no room for one byte in an empty socket")
+        outbox = self._outbox.fileno()
+        under_way = _under_way(outbox, self._begin_at)
+        assert under_way is not None, "one is held back"
+        os.ftruncate(outbox, under_way.end)  # a withdrawn one has become shorter
+        rest = under_way.end - under_way.begin - under_way.sent
+        if self._stream.send_from(outbox, rest) != rest:
+            raise HostError(errno.ENOBUFS, "a short request was cut")
         self._held_back = False
 
     def _begin(self, data: bytes, fds: Sequence[OwnedFd]) -> bool:
-        """Send all but the last byte; False: no room, nothing was sent."""
+        """Send the first byte, with the descriptors; False: no room, nothing was sent."""
         outbox = self._outbox.fileno()
         start = os.lseek(outbox, 0, os.SEEK_CUR)
         if start > OUTBOX_SIZE_MAX and not self._stream.unread:
@@ -184,22 +204,17 @@ class BackendChannel:
             os.ftruncate(outbox, 0)
             start = os.lseek(outbox, 0, os.SEEK_SET)
         os.pwrite(outbox, data, start)
-        first = 0
+        self._begin_at = start
         if fds:
-            if not self._stream.send_now(data[:1], fds):
-                os.ftruncate(outbox, start)
-                return False
-            first = 1
-            os.lseek(outbox, first, os.SEEK_CUR)
-        wanted = len(data) - 1 - first
-        sent = self._stream.send_from(outbox, wanted)
-        if sent == wanted:
-            self._held_back = True
-            return True
-        if sent or first:
-            raise HostError(errno.ENOBUFS, "a short request was cut")
-        os.ftruncate(outbox, start)
-        return False
+            sent = self._stream.send_now(data[:1], fds)
+            os.lseek(outbox, int(sent), os.SEEK_CUR)
+        else:
+            sent = self._stream.send_from(outbox, 1) == 1
+        if not sent:
+            os.ftruncate(outbox, start)
+        self._held_back = sent
+        self._withdrawn = False
+        return sent
 
     async def _finish_once_read(self) -> None:
         pause_s = LOOK_AGAIN_MIN_S
@@ -233,9 +248,8 @@ class BackendChannel:
             The VMM's verdict, 0 = done; None where none was asked for.
 
         Raises:
-            ChannelClosed: the VMM hung up or answered nonsense, or began to stop before it read
-                the request; the channel is closed.
-            NotBegun: may_begin said no; nothing was sent.
+            ChannelClosed: the VMM hung up or answered nonsense; the channel is closed.
+            NotAsked: may_begin said no, or the VMM began to stop before it read the request.
         """
         rule = BACKEND_RULES[request]
         assert len(payload) in rule.shape.SIZES, "payload of another request"
@@ -253,11 +267,13 @@ class BackendChannel:
     ) -> None:
         while True:
             if not may_begin():
-                raise NotBegun
+                raise NotAsked
             if self._begin(data, fds):
                 break
             await self._stream.wait_writable()
         await self._finish_once_read()
+        if self._withdrawn:
+            raise NotAsked
 
     async def _request(
         self,
@@ -326,22 +342,22 @@ def _new_outbox() -> OwnedFd:
     return OwnedFd(os.memfd_create("vhostd-outbox", os.MFD_CLOEXEC))
 
 
-class _Request(NamedTuple):
-    begin: int
+class _UnderWay(NamedTuple):
+    number: int
+    begin: int  # in the outbox
     end: int
+    sent: int  # bytes of it
     carries_fds: bool
 
 
-def _last_request(outbox: OwnedFd) -> _Request | None:
-    """Where in the outbox the last request lies; they follow one another from its beginning."""
-    found = None
-    size, begin = os.fstat(outbox.fileno()).st_size, 0
-    while begin < size:
-        header = os.pread(outbox.fileno(), HEADER.size, begin)
-        if len(header) < HEADER.size:
-            break
-        request, _flags, payload_size = HEADER.unpack(header)
-        carries_fds = request in BACKEND_RULES and BACKEND_RULES[request].fds_max > 0
-        found = _Request(begin, begin + HEADER.size + payload_size, carries_fds)
-        begin = found.end
-    return found
+def _under_way(outbox: int, begin: int) -> _UnderWay | None:
+    """The request of which not all was sent; from begin on they follow one another."""
+    position = os.lseek(outbox, 0, os.SEEK_CUR)
+    while len(header := os.pread(outbox, HEADER.size, begin)) == HEADER.size:
+        number, _flags, payload_size = HEADER.unpack(header)
+        end = begin + HEADER.size + payload_size
+        if position < end:
+            carries_fds = number in BACKEND_RULES and BACKEND_RULES[number].fds_max > 0
+            return _UnderWay(number, begin, end, position - begin, carries_fds)
+        begin = end
+    return None
