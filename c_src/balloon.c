@@ -29,6 +29,13 @@ static void count(uint64_t *counter, uint64_t by)
     __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
 }
 
+/* A page or range of the driver's is in no region: counted there. */
+static void count_outside(struct vhd_balloon_counters *counters, uint64_t *counter, uint64_t addr)
+{
+    count(counter, 1);
+    __atomic_store_n(&counters->outside_addr, addr, __ATOMIC_RELAXED);
+}
+
 static void discard(struct vhd_balloon *balloon, vhd_mapping *mapping, uint64_t offset,
                     uint64_t size)
 {
@@ -245,7 +252,8 @@ int vhd_balloon_inflate(struct vhd_balloon *balloon, const struct vhd_table *tab
         struct page page;
 
         if (!locate(table, pfns[i], &last, &page)) {
-            count(&counters->pfns_outside, 1);
+            count_outside(counters, &counters->pfns_outside,
+                          (uint64_t)pfns[i] * VHD_GUEST_PAGE_SIZE);
             continue;
         }
         if (vhd_given_up_put(&page.mapping->given_up, *balloon->generation, page.index, true))
@@ -283,7 +291,8 @@ int vhd_balloon_deflate(struct vhd_balloon *balloon, const struct vhd_table *tab
         struct page page;
 
         if (!locate(table, pfns[i], &last, &page))
-            count(&counters->pfns_outside, 1);
+            count_outside(counters, &counters->pfns_outside,
+                          (uint64_t)pfns[i] * VHD_GUEST_PAGE_SIZE);
         else if (vhd_given_up_put(&page.mapping->given_up, *balloon->generation, page.index, false))
             count(&counters->inflated_pages, UINT64_MAX); /* one less */
         else
@@ -342,7 +351,7 @@ static void report_range(struct vhd_balloon *balloon, const struct vhd_table *ta
         uint64_t skip, piece;
 
         if (region == NULL) {
-            count(&balloon->counters->reports_refused, 1);
+            count_outside(balloon->counters, &balloon->counters->reports_refused, guest_addr);
             return;
         }
         skip = guest_addr - region->guest_addr;

@@ -12,6 +12,14 @@ void vhd_walk_begin(struct vhd_walk *walk)
     walk->writable_count = 0;
     walk->readable_size = 0;
     walk->writable_size = 0;
+    walk->outside = UINT64_MAX;
+}
+
+static int outside(struct vhd_walk *walk, const struct vhd_ring *ring,
+                   const struct vhd_descriptor *descriptor)
+{
+    (void)vhd_table_outside(ring->table, descriptor->addr, descriptor->size, &walk->outside);
+    return -VHD_FAULT_ADDRESS;
 }
 
 int vhd_walk_add(struct vhd_walk *walk, const struct vhd_ring *ring,
@@ -30,7 +38,7 @@ int vhd_walk_add(struct vhd_walk *walk, const struct vhd_ring *ring,
     if (data_ranges && walk->readable_size + walk->writable_size + descriptor->size > UINT32_MAX)
         return -VHD_FAULT_SIZE;
     if (data_ranges && !vhd_table_covers(ring->table, descriptor->addr, descriptor->size))
-        return -VHD_FAULT_ADDRESS;
+        return outside(walk, ring, descriptor);
     walk->segments[at] = (struct vhd_segment){descriptor->addr, descriptor->size};
     if (writable) {
         walk->writable_count++;
@@ -104,7 +112,7 @@ int vhd_walk_add_indirect(struct vhd_walk *walk, const struct vhd_ring *ring,
         return -VHD_FAULT_CHAIN_LENGTH;
     /* The whole table at once, so that the guest cannot change an entry between two looks. */
     if (vhd_table_read(ring->table, descriptor->addr, walk->indirect, descriptor->size) != 0)
-        return -VHD_FAULT_ADDRESS;
+        return outside(walk, ring, descriptor);
     return ring->features & VHD_RING_PACKED ? walk_packed_table(walk, ring, count, data_ranges)
                                             : walk_split_table(walk, ring, count, data_ranges);
 }

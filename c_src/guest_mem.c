@@ -90,17 +90,27 @@ static uint8_t *host_piece(const struct vhd_table *table, uint64_t guest_addr, u
 
 bool vhd_table_covers(const struct vhd_table *table, uint64_t guest_addr, uint64_t size)
 {
-    if (guest_addr > UINT64_MAX - size)
-        return false;
-    while (size != 0) {
+    uint64_t outside;
+
+    return !vhd_table_outside(table, guest_addr, size, &outside);
+}
+
+bool vhd_table_outside(const struct vhd_table *table, uint64_t guest_addr, uint64_t size,
+                       uint64_t *outside)
+{
+    bool wraps = guest_addr > UINT64_MAX - size;
+    uint64_t left = wraps ? 0 : size;
+
+    *outside = guest_addr;
+    while (left != 0) {
         uint64_t piece_size;
 
-        if (host_piece(table, guest_addr, size, &piece_size) == NULL)
-            return false;
-        guest_addr += piece_size;
-        size -= piece_size;
+        if (host_piece(table, *outside, left, &piece_size) == NULL)
+            return true;
+        *outside += piece_size;
+        left -= piece_size;
     }
-    return true;
+    return wraps;
 }
 
 int vhd_table_read(const struct vhd_table *table, uint64_t guest_addr, void *bytes, size_t size)

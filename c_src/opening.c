@@ -40,7 +40,7 @@ static void open_queue(struct vhd_device *device, struct vhd_queue *queue)
             vhd_queue_signal_fault(device, queue);
     } else {
         queue->opening = VHD_OPENING_NONE;
-        vhd_queue_quarantine(device, queue, VHD_FAULT_SIGBUS);
+        vhd_queue_quarantine(device, queue, VHD_FAULT_SIGBUS, UINT64_MAX);
     }
     /* The predecessor may have died before it did. */
     if (inherited || queue->owed & VHD_OWED_CALL)

@@ -144,8 +144,10 @@ void vhd_queue_signal_fault(struct vhd_device *device, struct vhd_queue *queue)
     vhd_device_raise(device, VHD_EVENT_FAULT);
 }
 
-void vhd_queue_quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault)
+void vhd_queue_quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault,
+                          uint64_t addr)
 {
+    queue->shared->fault_addr = addr;
     queue->shared->fault = (uint8_t)fault;
     count(&queue->shared->faults, 1);
     queue->look = false;
@@ -297,7 +299,8 @@ static void serve_queue(struct vhd_device *device, struct vhd_queue *queue, stru
             queue->ring.position.avail_wrap = turn.before.avail_wrap;
             queue->ring.position.number = turn.before.number;
         }
-        vhd_queue_quarantine(device, queue, turn.fault);
+        vhd_queue_quarantine(device, queue, turn.fault,
+                             turn.fault == VHD_FAULT_ADDRESS ? walk->outside : UINT64_MAX);
     }
     if (device->balloon.counters->discard_errors != errors)
         vhd_device_raise(device, VHD_EVENT_HOST_ERROR);
@@ -356,7 +359,7 @@ void vhd_queue_deliver(struct vhd_device *device, struct vhd_queue *queue)
     if (!vhd_sigbus_guard(deliver, &delivery))
         delivery.fault = VHD_FAULT_SIGBUS;
     if (delivery.fault != VHD_FAULT_NONE)
-        vhd_queue_quarantine(device, queue, delivery.fault);
+        vhd_queue_quarantine(device, queue, delivery.fault, UINT64_MAX);
 }
 
 void vhd_device_serve_mail(struct vhd_device *device)

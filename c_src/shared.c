@@ -4,7 +4,7 @@
 #include "vhd.h"
 
 /* The version rises with every change of struct vhd_shared, and of what its fields mean. */
-enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 4 };
+enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 5 };
 
 static void begin_shared(struct vhd_shared *shared, uint32_t queue_count, uint32_t config_size)
 {

@@ -57,6 +57,7 @@ struct vhd_walk {
     uint16_t writable_count;
     uint64_t readable_size;
     uint64_t writable_size;
+    uint64_t outside; /* of VHD_FAULT_ADDRESS: the first address that is in no region */
     struct vhd_segment segments[VHD_CHAIN_SEGMENTS_MAX];
     uint8_t indirect[VHD_CHAIN_SEGMENTS_MAX * 16]; /* private copy of an indirect table */
 };
@@ -325,8 +326,10 @@ void vhd_queue_kicked(struct vhd_queue *queue);
 void vhd_queue_set_call(struct vhd_queue *queue, int fd);
 void vhd_queue_call(struct vhd_device *device, struct vhd_queue *queue);
 void vhd_queue_call_unasked(struct vhd_device *device, struct vhd_queue *queue);
-/* Serve the ring no more until its next start, and tell the VMM; or only tell it. */
-void vhd_queue_quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault);
+/* Serve the ring no more until its next start, and tell the VMM; or only tell it. addr: as
+ * vhd_ring_shared.fault_addr. */
+void vhd_queue_quarantine(struct vhd_device *device, struct vhd_queue *queue, int fault,
+                          uint64_t addr);
 void vhd_queue_signal_fault(struct vhd_device *device, struct vhd_queue *queue);
 /* The position is to be published once the chain is no longer counted as ours. */
 void vhd_queue_give_back(struct vhd_queue *queue, uint16_t id, uint16_t slots, uint32_t written);

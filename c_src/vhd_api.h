@@ -108,6 +108,7 @@ struct vhd_ring_shared {
     uint8_t taken; /* a chain was taken since that start */
     struct vhd_ring_push push;
     uint64_t start_number;  /* of the start that the above is of; UINT64_MAX: never started */
+    uint64_t fault_addr;    /* of VHD_FAULT_ADDRESS: in no region; UINT64_MAX: not known */
     uint64_t kicks;         /* seen; several before we look are one */
     uint64_t chains;        /* taken from the ring */
     uint64_t used;          /* given back */
@@ -132,6 +133,7 @@ struct vhd_balloon_counters {
     uint64_t reports_refused; /* reported ranges outside RAM or not device-writable */
     uint64_t pages_kept;      /* given up, kept because their host page is not complete */
     uint64_t withheld_size;   /* bytes ever given up or reported that may not be discarded */
+    uint64_t outside_addr; /* the latest that was given up or reported and is in no region; or 0 */
 };
 
 struct vhd_pmem_counters {

@@ -78,6 +78,9 @@ int vhd_table_init(struct vhd_table *table, const struct vhd_region *regions, ui
 const struct vhd_region *vhd_table_find(const struct vhd_table *table, uint64_t guest_addr);
 /* Host pointer to a range inside ONE region, or NULL. */
 void *vhd_table_contiguous(const struct vhd_table *table, uint64_t guest_addr, uint64_t size);
+/* False when all of the range is guest memory, else its first address that is none. */
+bool vhd_table_outside(const struct vhd_table *table, uint64_t guest_addr, uint64_t size,
+                       uint64_t *outside);
 /* True when every byte of the range is guest memory, across region borders. */
 bool vhd_table_covers(const struct vhd_table *table, uint64_t guest_addr, uint64_t size);
 /* Copy across region borders. 0 or -EFAULT (then nothing useful was copied). */

@@ -13,11 +13,13 @@ class FrontendError(VhostdError):
     Attributes:
         fatal: True when the byte stream can no longer be trusted and the connection must end;
             False when this one request is refused and the next legal one works.
+        outside: an address that is in no memory the VMM has given, where that is what is wrong.
     """
 
-    def __init__(self, text: str, *, fatal: bool = False) -> None:
+    def __init__(self, text: str, *, fatal: bool = False, outside: int | None = None) -> None:
         super().__init__(text)
         self.fatal = fatal
+        self.outside = outside
 
 
 class PauseVm(VhostdError):

@@ -41,6 +41,7 @@ class LogEvent(StrEnum):
     GOAL_GIVEN_UP = "memory_goal_given_up"
     VM_NOT_STOPPED = "vm_not_stopped"
     VERDICT = "discard_verdict"
+    MEMORY_UNSHARED = "memory_unshared"
     VM_BORROWED_MEMORY = "vm_memory_of_another_vm"
     MEMORY_LEFT_ALONE = "memory_left_alone"
     QMP_CONNECTED = "qmp_connected"

@@ -24,6 +24,7 @@ class Vmm:
     def __init__(self, devices: dict[str, str], *, encryption: str | None = None) -> None:
         self.devices = devices
         self.encryption = encryption
+        self.backends = [{"id": "ram0", "share": True}]
         self.executed: list[str] = []
         self.stopped = trio.Event()
         self.ready = trio.Event()
@@ -50,6 +51,8 @@ class Vmm:
             answer = {"return": [{"name": n, "type": f"child<{t}>"} for n, t in found.items()]}
         elif command == "qom-get":
             answer = {"return": self.encryption or ""}
+        elif command == "query-memdev":
+            answer = {"return": self.backends}
         elif command == "stop":
             self.stopped.set()
         await self._send(answer | {"id": request["id"]})
@@ -86,6 +89,10 @@ class Owner:
     def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
         self.send.send_nowait((list(pinning), encryption))
 
+    def on_memory_backends(self, unshared: Sequence[str]) -> None:
+        if unshared:
+            self.send.send_nowait(("unshared", list(unshared)))
+
     def on_unreachable(self, why: str) -> None:
         self.send.send_nowait(("unreachable", why))
 
@@ -121,6 +128,14 @@ async def test_resets_are_passed_on_and_other_devices_pin_nothing(tmp_path: Path
         await vmm.event("RESET")
         assert await owner.next() == "reset"
         assert monitor.connected
+
+
+async def test_memory_that_is_not_shared_is_named(tmp_path: Path) -> None:
+    vmm = Vmm({})
+    vmm.backends += [{"id": "m1", "share": False}, {"share": False}]
+    async with watched(tmp_path / "qmp", vmm) as (owner, _):
+        assert await owner.next() == ([], None)
+        assert await owner.next() == ("unshared", ["m1", "?"])
 
 
 @pytest.mark.parametrize("kind", ["vfio-pci", "vfio-pci-nohotplug", "vhost-vdpa-device-pci"])

@@ -7,6 +7,7 @@ because the clients under test are blocking programs.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -42,7 +43,7 @@ from tests.control.disk import Disk
 COUNTERS = (
     "inflated_pages inflate_pfns deflate_pfns reported_size discarded_size discards discard_errors"
     " discard_errno pfns_outside pfns_repeated pfns_excess reports_refused pages_kept"
-    " withheld_size"
+    " withheld_size outside_addr"
 )
 QUEUE_COUNTERS = "kicks chains used calls calls_dropped faults rejected"
 ALL_FEATURES = 0x3F
@@ -118,8 +119,9 @@ class BalloonVm:
         return {
             "vm": self.name,
             "state": self.state,
-            "balloon": self.balloon.status(counters, 0) | {"queues": {"inflate": queue}},
-            "mem": [self.mem.status({}, 0) | {"state": self.state, "queues": {}}],
+            "balloon": self.balloon.status(counters, 0)
+            | {"queues": {"inflate": queue}, "untold": None},
+            "mem": [self.mem.status({}, 0) | {"state": self.state, "queues": {}, "untold": None}],
             "pmem": [self.disk.status(self.state)],
             "connections": 1,
             "faults": {3: "loop"} if self.state == "quarantined" else {},
@@ -133,6 +135,7 @@ class BalloonVm:
             "usable_goal": self.goal,
             "qmp": False,
             "discards": {"allowed": True, "finding": "unchecked", "why": None},
+            "unshared": None,
             "not_kept": None,
             "kept": True,
             "paused": None,
@@ -187,7 +190,7 @@ class BalloonVm:
         chain = Chain(
             0, Role.GUEST_REQUEST, self._requests, data, len(data), 1, 10, 0, self._requests
         )
-        self._perform(self.mem.on_chain(chain, now_s=1.5))
+        self._perform(self.mem.on_chain(chain, now_s=time.time()))
 
     def reach(self, size: int) -> None:
         """The guest writes `actual`."""
@@ -198,7 +201,7 @@ class BalloonVm:
         self._statistics_sent += 1
         data = pack("<HQHQ", 4, self._statistics_sent, 5, GiB)
         chain = Chain(2, Role.STATISTICS, self._statistics_sent, data, len(data))
-        self._perform(self.balloon.on_chain(chain, now_s=1.5))
+        self._perform(self.balloon.on_chain(chain, now_s=time.time()))
 
     def _perform(self, effects: Effects) -> None:
         for effect in effects:

@@ -43,7 +43,11 @@ class Disk:
         """What the VM's status has of it."""
         counters = COUNTERS | SYNCS if self.running else {}
         queues = {"flush": dict.fromkeys(QUEUE_COUNTERS, 13)} if self.running else {}
-        return self.pmem.status(counters, 0) | {"state": state, "queues": queues}
+        return self.pmem.status(counters, 0) | {
+            "state": state,
+            "queues": queues,
+            "untold": None,
+        }
 
     def flush(self) -> None:
         """Make it durable. Raises Refused."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from threading import Thread
 
@@ -156,9 +157,18 @@ def test_the_sockets_modes_say_who_may_change_what(served: RunningDaemon) -> Non
 def test_fresh_statistics_are_newer_than_the_request(
     http: httpx.Client, served: RunningDaemon
 ) -> None:
-    assert http.get("/v1/vms/web/balloon/stats").json()["free_memory"] == 1
+    old = http.get("/v1/vms/web/balloon/stats").json()
+    assert old["free_memory"] == 1
     assert http.get("/v1/vms/web/balloon/stats?fresh=1").json()["free_memory"] == 2
     assert http.get("/v1/vms/web/balloon/stats").json()["free_memory"] == 2
+
+
+def test_statistics_say_how_old_they_are(http: httpx.Client, served: RunningDaemon) -> None:
+    served.daemon.web.balloon.statistics.received_s = time.time() - 3600
+    assert 3600 <= http.get("/v1/vms/web/balloon/stats").json()["age_s"] <= 3660
+    assert http.get("/v1/vms/web/balloon/stats?fresh=1").json()["age_s"] <= 60
+    served.daemon.web.balloon.statistics.latest = {}
+    assert http.get("/v1/vms/web/balloon/stats").json() == {}
 
 
 def test_a_guest_that_sends_no_statistics_is_a_timeout(
@@ -173,7 +183,7 @@ def test_a_guest_that_sends_no_statistics_is_a_timeout(
 def test_statistics_of_a_guest_that_does_not_run_are_refused(http: httpx.Client) -> None:
     answer = http.get("/v1/vms/idle/balloon/stats?fresh=1")
     assert answer.status_code == 409
-    assert "running" in error_of(answer)
+    assert "the VM is paused" in error_of(answer)
 
 
 def test_waiting_for_a_target_ends_when_the_guest_is_there(

@@ -21,12 +21,14 @@ class FakeMonitor:
 
     Attributes:
         devices: type by name, as QOM has them.
+        backends: of memory, as query-memdev has them.
         speaks: while not set nobody is answered.
         asked: set whenever a client has heard of all devices.
     """
 
     def __init__(self, path: Path, devices: dict[str, str]) -> None:
         self.devices = devices
+        self.backends = [{"id": "ram0", "share": True}]
         self.speaks = threading.Event()
         self.asked = threading.Event()
         self._listening = socket.socket(socket.AF_UNIX)
@@ -73,6 +75,8 @@ class FakeMonitor:
             if request["arguments"] != {"path": "/machine/peripheral"}:
                 return []
             return [{"name": name, "type": f"child<{of}>"} for name, of in self.devices.items()]
+        if request["execute"] == "query-memdev":
+            return self.backends
         return "" if request["execute"] == "qom-get" else {}
 
 

@@ -131,6 +131,15 @@ def test_pages_that_must_keep_their_bytes_keep_them(
         assert not guest.memory.page_present(DATA_ADDR)
 
 
+def test_a_range_outside_guest_memory_leaves_its_address(host: Host) -> None:
+    with Guest.on(host, GuestMemory.flat()) as guest:
+        assert guest.device.balloon_counters().outside_addr == 0
+        guest.ring(Handler.REPORT).send(free(5 << 40, PAGE_SIZE))
+        assert guest.device.balloon_counters().outside_addr == 5 << 40
+        guest.ring(Handler.INFLATE).send_pfns([(1 << 32) - 2])
+        assert guest.device.balloon_counters().outside_addr == ((1 << 32) - 2) * PAGE_SIZE
+
+
 def test_memory_that_was_allocated_ahead_stays_beside_memory_that_goes(host: Host) -> None:
     """Both in one request, so that the ranges are neighbours in guest memory."""
     with Guest.on(host, GuestMemory.adjacent(seam_addr=32 * MIB)) as guest:

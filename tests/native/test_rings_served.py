@@ -173,6 +173,19 @@ def break_ring(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_of_a_range_that_begins_in_guest_memory_the_first_address_outside_is_told(
+    host: Host, layout: Layout
+) -> None:
+    end = 64 * MIB
+    with Guest.on(host, GuestMemory.flat(end)) as guest:
+        ring = guest.ring(Handler.INFLATE, layout)
+        ring.driver.add_chain([Buffer(end - 8, 64)])
+        ring.driver.kick()
+        host.wait_event(guest.device, Event.FAULT)
+        assert guest.device.ring_statistics(0).fault_addr == end
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_bad_chain_stops_its_ring_and_no_other(host: Host, layout: Layout) -> None:
     with Guest.on(host, GuestMemory.flat()) as guest:
         broken = guest.ring(Handler.INFLATE, layout)
@@ -181,7 +194,8 @@ def test_a_bad_chain_stops_its_ring_and_no_other(host: Host, layout: Layout) -> 
         assert broken.driver.wait_err()
         host.wait_event(guest.device, Event.FAULT)
         statistics = guest.device.ring_statistics(0)
-        assert (statistics.fault, statistics.faults, statistics.used) == (Fault.ADDRESS, 1, 0)
+        assert (statistics.fault, statistics.fault_addr) == (Fault.ADDRESS, 1 << 40)
+        assert (statistics.faults, statistics.used) == (1, 0)
         broken.driver.kick()
         sound.send_pfns(pages_at(DATA_ADDR, 1))
         with host.parked():

@@ -308,6 +308,7 @@ async def boot(
     *,
     max_memory: str | None = None,
     nodes: int = 1,
+    shared: bool = True,
     modprobe: Sequence[str] = ("virtio_balloon",),
     timeout_s: float = BOOT_TIMEOUT_S,
     acceleration: Acceleration | None = None,
@@ -316,11 +317,13 @@ async def boot(
 
     `devices` are further QEMU options; `append` goes to the kernel's command line; `max_memory`
     ("16G") opens a hot-plug range for window_device(); `nodes` is how many NUMA nodes the guest
-    has. Raises GuestBootError if it does not come
+    has; `shared`: the RAM is seen by others than QEMU. Raises GuestBootError if it does not come
     up within `timeout_s`, and QemuDied at the end if QEMU ended by itself meanwhile.
     """
     chosen = acceleration or await acceleration_of(stack)
-    machine = Machine(stack.kernel(kernel), memory, max_memory, smp, append, tuple(devices), nodes)
+    machine = Machine(
+        stack.kernel(kernel), memory, max_memory, smp, append, tuple(devices), nodes, shared
+    )
     folder = Path(tempfile.mkdtemp(prefix="vhostd-vm-"))
     try:
         command = [*stack.qemu.command, *chosen.options, *machine.options(folder)]

@@ -64,6 +64,7 @@ def disk_device(socket_path: str | Path, id: str = "disk0") -> list[str]:
 class Machine:
     """What boot() was asked for. `memory` and `max_memory` are sizes as QEMU writes them.
 
+    shared: its RAM can be seen by others than QEMU.
     All boot memory and all processors are in the first of several NUMA nodes.
     """
 
@@ -74,10 +75,11 @@ class Machine:
     append: str
     devices: tuple[str, ...]
     nodes: int = 1
+    shared: bool = True
 
     def options(self, folder: Path) -> list[str]:
         """QEMU's options, but for the chardevs `agent` and `qmp`; logs and sockets in `folder`."""
-        memory = self.memory
+        memory, share = self.memory, "on" if self.shared else "off"
         if self.max_memory is not None:
             memory += f",maxmem={self.max_memory},slots=8"
         machine, numa = "q35,memory-backend=ram0", list[str]()
@@ -87,7 +89,7 @@ class Machine:
             numa += ["-numa", f"node,nodeid={node}"]
         return [
             *("-machine", machine, "-smp", str(self.smp), "-m", memory),
-            *("-object", f"memory-backend-memfd,id=ram0,size={self.memory},share=on"),
+            *("-object", f"memory-backend-memfd,id=ram0,size={self.memory},share={share}"),
             *numa,
             *("-nodefaults", "-no-user-config", "-display", "none"),
             *("-kernel", str(self.kernel.image), "-initrd", str(self.kernel.initramfs)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from vhostd._native._core import ffi, lib
 from vhostd._native.failure import check
@@ -27,6 +27,8 @@ from vhostd._native.values import (
     RingStatistics,
 )
 from vhostd._native.worker import Worker
+
+_ADDRESS_UNKNOWN: Final = (1 << 64) - 1
 
 
 class Device:
@@ -318,11 +320,14 @@ class Device:
     def ring_statistics(self, index: int) -> RingStatistics:
         """Where a ring stands and what it counted."""
         raw = self._shared.rings[index]
+        fault = Fault(raw.fault)
+        outside = fault is Fault.ADDRESS and raw.fault_addr != _ADDRESS_UNKNOWN
         return RingStatistics(
             position=_position(raw.position),
             started=bool(raw.started),
             enabled=bool(raw.enabled),
-            fault=Fault(raw.fault),
+            fault=fault,
+            fault_addr=raw.fault_addr if outside else None,
             taken=bool(raw.taken),
             kicks=raw.kicks,
             chains=raw.chains,

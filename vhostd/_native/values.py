@@ -116,12 +116,17 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class RingStatistics:
-    """struct vhd_ring_shared at one moment."""
+    """struct vhd_ring_shared at one moment.
+
+    Attributes:
+        fault_addr: the guest address that is in no region; None: not known, or another fault.
+    """
 
     position: RingPosition
     started: bool
     enabled: bool
     fault: Fault
+    fault_addr: int | None
     taken: bool
     kicks: int
     chains: int
@@ -155,6 +160,7 @@ class BalloonCounters:
     reports_refused: int = 0
     pages_kept: int = 0
     withheld_size: int = 0
+    outside_addr: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """By name."""

@@ -178,6 +178,11 @@ class DeviceConnection:
         return self._faults.now()
 
     @property
+    def outside(self) -> int | None:
+        """See Faults.outside()."""
+        return self._faults.outside(live=any(ring.live for ring in self.state.rings))
+
+    @property
     def memory_slots(self) -> Sequence[MemorySlot]:
         """Where the VMM's memory is."""
         return self._memory.slots
@@ -349,6 +354,7 @@ class DeviceConnection:
             reply = self._machine.commit(step, outcomes)
         if refusal is not None:
             self.messages_refused += 1
+            self._faults.on_refusal(refusal)
             self._journal.guest_caused(
                 "refused", LogEvent.FRONTEND_ERROR, message=message.name, error=str(refusal)
             )

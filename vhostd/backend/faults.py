@@ -5,6 +5,7 @@ from __future__ import annotations
 from vhostd import _native
 from vhostd.backend.journal import Journal
 from vhostd.backend.rings import Rings
+from vhostd.errors import FrontendError
 from vhostd.log import LogEvent
 
 
@@ -16,6 +17,7 @@ class Faults:
         self._rings = rings
         self._journal = journal
         self._told: set[int] = set()
+        self._refused: int | None = None
 
     def now(self) -> dict[int, str]:
         """Quarantined rings and what was wrong with them."""
@@ -24,6 +26,29 @@ class Faults:
             for index in sorted(self._rings.started)
             if (fault := self._native.ring_statistics(index).fault) is not _native.Fault.NONE
         }
+
+    def on_refusal(self, refusal: Exception) -> None:
+        """A message of the VMM was refused."""
+        if isinstance(refusal, FrontendError) and refusal.outside is not None:
+            self._refused = refusal.outside
+
+    def outside(self, *, live: bool) -> int | None:
+        """A guest address that is in no memory the VMM has given.
+
+        A request lies there, or the guest gave it up, or a ring that could not start for that.
+
+        Args:
+            live: a ring was started after all.
+        """
+        if live:
+            self._refused = None
+        statistics = map(self._native.ring_statistics, sorted(self._rings.started))
+        found = (
+            *(ring.fault_addr for ring in statistics),
+            self._refused,
+            self._native.balloon_counters().outside_addr or None,
+        )
+        return next((addr for addr in found if addr is not None), None)
 
     def forget_stopped(self) -> None:
         """A ring that starts again may be told of again."""
@@ -34,11 +59,13 @@ class Faults:
         for index, fault in self.now().items():
             if index not in self._told:
                 self._told.add(index)
+                outside = self._native.ring_statistics(index).fault_addr
                 self._journal.guest_caused(
                     (index, "fault"),
                     LogEvent.QUEUE_QUARANTINED,
                     queue=index,
                     fault=fault,
+                    **({} if outside is None else {"guest_addr": f"{outside:#x}"}),
                     consequence="the queue stands still until the driver sets it up again",
                 )
 

@@ -26,6 +26,7 @@ class Machine:
 
     Attributes:
         monitor: its VMM's, or None where none is configured.
+        unshared: memory backends of which the VMM says that they are not shared with us.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Machine:
         self._connected = connected
         self._commit = commit
         self._journal = journal
+        self.unshared: Sequence[str] = ()
         self._verdict = NOBODY_CHECKS
         if qmp is not None:
             self._verdict = self._unheard if recorded is None else recorded.lost(self._silent)
@@ -86,6 +88,7 @@ class Machine:
         if not resumed:
             # Another VMM, maybe, whose memory is pinned though that of the last one was not.
             self._judge(self._unheard)
+            self.unshared = ()
         self.monitor.vmm_connected(first=self._connected() == 1)
 
     def stop_vm(self, why: str) -> None:
@@ -107,6 +110,22 @@ class Machine:
     def on_machine(self, pinning: Sequence[str], encryption: str | None) -> None:
         """Give no memory back while devices pin it; change nothing about encrypted memory."""
         self._judge(Verdict.of_machine(pinning, encryption))
+
+    def on_memory_backends(self, unshared: Sequence[str]) -> None:
+        """What a guest writes to them is not what vhostd reads."""
+        if unshared == self.unshared:
+            return
+        self.unshared = unshared
+        if not unshared:
+            return
+        told = {"backends": list(unshared)}
+        self._journal.guest_caused(
+            "unshared",
+            LogEvent.MEMORY_UNSHARED,
+            **told,
+            consequence="requests of the guest that lie in it can't be served: give it share=on",
+        )
+        self._journal.publish(LogEvent.MEMORY_UNSHARED, told)
 
     def on_unreachable(self, why: str) -> None:
         """Nobody can say any more whether a device that pins memory was plugged."""

@@ -45,6 +45,9 @@ class MonitorOwner(Protocol):
             encryption: the QEMU object that encrypts it, or None.
         """
 
+    def on_memory_backends(self, unshared: Sequence[str]) -> None:
+        """Memory backends of QEMU without share=on, told as on_machine() is."""
+
     def on_unreachable(self, why: str) -> None:
         """Nobody can be asked, now or any more."""
 
@@ -146,8 +149,10 @@ class Monitor:
         while True:
             asked_at, self._look_now = self._connections, trio.Event()
             pinning = await _pinning(client)
+            unshared = await _unshared(client)
             if asked_at == self._connections:
                 self._owner.on_machine(pinning, encryption)
+                self._owner.on_memory_backends(unshared)
                 return
 
     async def _look_again(self, client: QmpClient, encryption: str | None) -> None:
@@ -169,6 +174,14 @@ async def _pinning(client: QmpClient) -> list[str]:
             if child["type"].startswith(PINNING_TYPES)
         ]
     return found
+
+
+async def _unshared(client: QmpClient) -> list[str]:
+    try:
+        backends = await client.execute("query-memdev")
+    except QmpError:
+        return []  # no QEMU: it has no such backends
+    return [str(backend.get("id", "?")) for backend in backends if not backend["share"]]
 
 
 async def _encryption(client: QmpClient) -> str | None:

@@ -21,7 +21,7 @@ from vhostd.backend.memory_pursuit import GoalRecord, MemoryPursuit
 from vhostd.backend.seat import DeviceSeat
 from vhostd.backend.storage import Storage
 from vhostd.backend.surroundings import Surroundings, unsupervised
-from vhostd.backend.vm_status import describe, overall_state
+from vhostd.backend.vm_status import describe, overall_state, unshared
 from vhostd.backend.worker import VmWorker
 from vhostd.config import VmConfig
 from vhostd.devices.balloon import Balloon
@@ -342,6 +342,7 @@ class Vm:
             "usable_goal": self._pursuit.size,
             "qmp": self.machine.monitor is not None and self.machine.monitor.connected,
             "discards": self.machine.status(),
+            "unshared": unshared(self._seats, self.machine.unshared),
             "not_kept": (not_kept := self._keeping.store.not_kept(self.name)),
             "kept": not_kept is None,
             "paused": None,

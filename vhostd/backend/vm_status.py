@@ -53,6 +53,9 @@ def _describe_device(seat: DeviceSeat) -> JsonObject:
     counters = NO_COUNTERS if connection is None else connection.counters()
     status = seat.device.status(counters, time.time())
     status["state"] = seat.state
+    status["untold"] = untold = None if connection is None else connection.requests.untold
+    if untold is not None and "standing" in status and not status.get("reached", True):
+        status["standing"] = untold
     status["queues"] = {} if connection is None else connection.queues()
     return status
 
@@ -65,6 +68,24 @@ def _faults(seats: Mapping[str, DeviceSeat]) -> dict[str, str]:
         if seat.connection is not None
         for index, fault in seat.connection.faults.items()
     }
+
+
+def unshared(seats: Mapping[str, DeviceSeat], backends: Sequence[str]) -> str | None:
+    """What speaks for guest memory that the VMM does not share, on one line.
+
+    Args:
+        backends: those of which the VMM's monitor says so.
+    """
+    found = [f"memory backends without share=on: {', '.join(backends)}"] if backends else []
+    for name, seat in seats.items():
+        if seat.connection is None:
+            continue
+        if (addr := seat.connection.outside) is not None:
+            found.append(
+                f"{name}: guest address {addr:#x} is in no memory that the VMM shares: memory"
+                " without share=on?"
+            )
+    return "; ".join(found) or None
 
 
 def _counts(seats: Mapping[str, DeviceSeat]) -> Mapping[str, int]:

@@ -51,6 +51,7 @@ class BalloonStatus(msgspec.Struct):
     """A balloon; all sizes in bytes. `actual` and `stats` are what the guest says.
 
     `withheld` is what the guest ever gave up or reported while nothing might be given back.
+    `untold`, of each device: why its guest can't be told of a change.
     """
 
     target: int
@@ -68,6 +69,7 @@ class BalloonStatus(msgspec.Struct):
     inhibited: str | None
     withheld: int
     hint: HintStatus
+    untold: str | None
     counters: dict[str, int]
     queues: dict[str, QueueCounters]
 
@@ -105,6 +107,7 @@ class MemStatus(msgspec.Struct):
     discard_errors: int
     features: list[str]
     answers: dict[str, int]
+    untold: str | None
     state: State
     queues: dict[str, QueueCounters]
 
@@ -143,6 +146,7 @@ class PmemStatus(msgspec.Struct):
     sync_max_s: float
     sync_total_s: float
     features: list[str]
+    untold: str | None
     state: State
     queues: dict[str, QueueCounters]
 
@@ -174,8 +178,10 @@ class VmStatus(msgspec.Struct):
 
     `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
     `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
-    are messages to the VMM, reads and writes those of the guest that the worker answered. `paused`
-    is why it is not served, null where it is; `paused_remedy` what to do about it.
+    are messages to the VMM, reads and writes those of the guest that the worker answered.
+    `unshared` is what speaks for guest memory that the VMM does not share with us. `paused` is why
+    it is not served, null where it is; `paused_remedy` what to do about it. `kept`: a successor
+    will have it; `not_kept`: why not.
     """
 
     vm: str
@@ -194,6 +200,9 @@ class VmStatus(msgspec.Struct):
     usable_goal: int | None = None
     qmp: bool = False
     discards: DiscardsStatus | None = None  # left out where nobody serves the VM
+    unshared: str | None = None
+    not_kept: str | None = None
+    kept: bool = True
     paused: str | None = None
     paused_remedy: str | None = None
     balloon: BalloonStatus | None = None  # left out where there is none

@@ -7,6 +7,7 @@ fulfilled. Must not know sockets; http.py serves it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Final, TypeVar
@@ -139,6 +140,14 @@ def _pmem(vm: VmView, device: str) -> JsonObject:
     return found
 
 
+def _aged(balloon: JsonObject) -> JsonObject:
+    """The guest's statistics, and how old they are."""
+    if not balloon["stats"]:
+        return {}
+    age_s = max(0, round(time.time() - balloon["stats_received_s"]))
+    return {**balloon["stats"], "age_s": age_s}
+
+
 def _described(device: DeviceSocket) -> JsonObject:
     described = asdict(device) | {"path": str(device.path)}
     if device.window is not None and device.window.file is not None:
@@ -222,7 +231,7 @@ class _Handlers:
                 timeout_s,
                 lambda: "the guest sent no statistics",
             )
-        return json_response(balloon()["stats"])
+        return json_response(_aged(balloon()))
 
     async def hint(self, request: Request) -> Response:
         balloon = self._balloon(request)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from vhostd.control.qemu_args import DEVICE_MODEL
-from vhostd.units import GiB, format_size
+from vhostd.units import GiB, MiB, format_size
 
 Verdict: TypeAlias = Literal["ok", "warning", "failed"]
 OK: Final = "ok"
@@ -142,6 +142,17 @@ _NOTHING_GIVEN_BACK: Final = {
 }
 
 
+_SHARE: Final = (
+    "start QEMU with share=on for all guest memory, boot RAM and DIMMs, as vhostctl qemu-args"
+    " prints it: vhostd can't see other memory, and what the guest asks there hangs"
+)
+
+_NEW_CHANNEL: Final = (
+    "the guest reads the present values when it boots again; for a new channel unplug the device"
+    " and plug it again, or end QEMU and start the VM anew"
+)
+
+
 def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     name = status["vm"]
     if paused := status.get("paused"):
@@ -150,7 +161,12 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
         yield Check(
             name, WARNING, not_kept, "until then its guest loses its devices when vhostd ends"
         )
+    unshared = status.get("unshared")
+    if unshared:
+        yield Check(f"{name} memory", FAILED, unshared, _SHARE)
     for queue, fault in status["faults"].items():
+        if fault == "address" and unshared:
+            continue
         yield Check(
             f"{name} queue {queue}",
             FAILED,
@@ -170,6 +186,11 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
             "the guest fills free pages with a pattern, so what it reports free is not given back",
             "boot it without page_poison=1; init_on_free=1 does not stand in the way",
         )
+    devices = {"balloon": balloon} if balloon is not None else {}
+    devices |= {device["id"]: device for device in (*status["mem"], *status["pmem"])}
+    for id, device in devices.items():
+        if device.get("untold"):
+            yield Check(f"{name} {id}", FAILED, device["untold"], _NEW_CHANNEL)
     for mem in status["mem"]:
         yield from _mem_checks(f"{name} {mem['id']}", mem)
     for pmem in status["pmem"]:
@@ -202,7 +223,14 @@ def _pmem_checks(name: str, pmem: Mapping[str, Any]) -> Iterator[Check]:
             name, FAILED, f"flushes fail: {pmem['failed']}", "see to it, then vhostctl pmem clear"
         )
     elif pmem["state"] == "running" and not pmem["mapped"]:
-        yield Check(name, FAILED, pmem["standing"], "see vhostctl qemu-args, or the log")
+        yield Check(
+            name,
+            FAILED,
+            pmem["standing"],
+            'for a kernel before Linux 6.9 set mode = "window"; for a port without room start QEMU'
+            f" with pref64-reserve={2 * pmem['size'] // MiB}M at the port, or have the disk there"
+            " at boot; else see vhostctl qemu-args, or the log",
+        )
     elif pmem["refused"] and pmem["state"] == "waiting":
         yield Check(name, FAILED, pmem["refused"], "a VMM that connects is turned away")
     elif pmem["refused"]:

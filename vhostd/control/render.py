@@ -6,6 +6,7 @@ JSON objects in, text on a rich console out. Must not know where they came from.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
@@ -96,12 +97,15 @@ def show_vm(vm: Object) -> None:
     if paused := vm.get("paused"):
         rows.append(("paused", Text(paused, "bold red")))
         rows.append(("what to do", Text(vm.get("paused_remedy") or "")))
+    if unshared := vm.get("unshared"):
+        rows.append(("unshared memory", Text(unshared, "bold red")))
     if discards := vm.get("discards"):
         rows.append(("discards", _discards(discards)))
     if balloon := vm.get("balloon"):
         rows += [
             ("balloon target", _size(balloon["target"])),
             ("balloon actual", f"{_size(balloon['actual'])} (the guest's word)"),
+            *([("balloon", Text(untold, "bold red"))] if (untold := balloon["untold"]) else []),
             ("inflated", _size(balloon["inflated"])),
             ("reported free", f"{_size(balloon['reported'])} ever"),
             ("discarded", f"{_size(balloon['discarded'])} ever"),
@@ -119,7 +123,8 @@ def show_vm(vm: Object) -> None:
     _show_rows(rows)
     if balloon and balloon["stats"]:
         show("")
-        show_statistics(balloon["stats"])
+        age_s = max(0, round(time.time() - balloon["stats_received_s"]))
+        show_statistics(balloon["stats"] | {"age_s": age_s})
 
 
 def _withheld(balloon: Object) -> str:
@@ -230,14 +235,18 @@ def show_progress(statuses: Iterable[Object]) -> Object:
 
 
 def show_statistics(statistics: Object) -> None:
-    """What a guest says about its memory."""
+    """What a guest says about its memory, and how long ago."""
     if not statistics:
         show("the guest has sent no statistics yet")
         return
+    numbers = {name: value for name, value in statistics.items() if name != "age_s"}
     _show_rows(
         [
-            (name.replace("_", " "), str(value) if _is_count(name) else format_size(value))
-            for name, value in statistics.items()
+            ("age", f"{statistics['age_s']} s"),
+            *(
+                (name.replace("_", " "), str(value) if _is_count(name) else format_size(value))
+                for name, value in numbers.items()
+            ),
         ]
     )
 

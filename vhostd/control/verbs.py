@@ -123,7 +123,7 @@ VERBS: Final = (
         "GET",
         "/v1/vms/{vm}/balloon/stats",
         "show_statistics",
-        "What the guest says about its memory.",
+        "What the guest says about its memory; age_s: how many seconds ago it did.",
         answer=dict[str, int],
         query=(
             Query("fresh", "1: ask the guest now (not on the read-only socket)", _FLAG),

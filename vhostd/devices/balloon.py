@@ -386,8 +386,14 @@ class Balloon:
             flags |= DataPlane.MAY_DISCARD
         return flags
 
+    @property
+    def _why_stopped(self) -> str:
+        if self.features:
+            return "it is stopped: the VM is paused, or its guest boots or has unloaded it"
+        return "none has started: no VMM is connected, or virtio_balloon is not loaded"
+
     def _require(self, feature: BalloonFeature, what: str) -> None:
         if not self.started:
-            raise Refused(f"{what} needs a running guest driver, and none is running")
+            raise Refused(f"{what} needs a running guest driver: {self._why_stopped}")
         if not self.features & feature:
             raise Refused(f"the guest's driver has no {what}")

@@ -82,7 +82,7 @@ class SessionMachine:
             if error.fatal:
                 raise
             text = str(error) if message.fault else f"{message.name}: {error}"
-            return Step(message, Plan(self._state), FrontendError(text))
+            return Step(message, Plan(self._state), FrontendError(text, outside=error.outside))
         if not step.actions:
             message.close_fds()
         return step

@@ -52,7 +52,9 @@ def guest_addr_of(regions: Sequence[MemoryRegion], frontend_addr: int, size: int
         offset = frontend_addr - region.frontend_addr
         if offset >= 0 and offset + size <= region.size:
             return region.guest_addr + offset
-    raise FrontendError(f"{frontend_addr:#x}+{size:#x} is not inside one memory region")
+    raise FrontendError(
+        f"{frontend_addr:#x}+{size:#x} is not inside one memory region", outside=frontend_addr
+    )
 
 
 def guest_end(regions: Sequence[MemoryRegion]) -> int:
