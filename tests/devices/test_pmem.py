@@ -134,7 +134,11 @@ def test_a_guest_too_old_for_shared_memory_is_told_with_a_remedy() -> None:
     pmem.on_features(pmem.offered_features & ~PmemFeature.SHMEM_REGION)
     (log,) = pmem.on_started()
     assert isinstance(log, Log)
-    assert (log.name, log.fields["remedy"]) == (DeviceEvent.PMEM_NOT_MAPPED, 'mode = "window"')
+    assert log.name is DeviceEvent.PMEM_NOT_MAPPED
+    assert "older than Linux 6.9" in log.fields["why"]
+    assert "no room for a BAR" in log.fields["why"]
+    assert 'mode = "window"' in log.fields["remedy"]
+    assert "pref64-reserve" in log.fields["remedy"]
     assert "Linux 6.9" in pmem.standing
     assert not pmem.wants_mapping
 
@@ -202,8 +206,8 @@ def test_the_status_is_what_the_control_api_promises(
 ) -> None:
     pmem.failure = failure
     status = pmem.status(counters, 0)
-    assert "state" not in status and "queues" not in status  # its seat knows those
-    whole = json.loads(json.dumps(status | {"state": "running", "queues": {}}))
+    assert not {"state", "queues", "untold"} & set(status)  # its seat knows those
+    whole = json.loads(json.dumps(status | {"state": "running", "queues": {}, "untold": None}))
     assert set(whole) == set(PmemStatus.__struct_fields__)
     assert msgspec.to_builtins(msgspec.convert(whole, PmemStatus, strict=True)) == whole
 

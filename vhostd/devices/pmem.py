@@ -27,7 +27,7 @@ from vhostd.devices.pmem_state import Failure, decode, decode_failure, encode, e
 from vhostd.errors import GuestError
 from vhostd.flags import Flags
 from vhostd.protocol.features import VirtioFeature
-from vhostd.units import format_size, power_of_two_up
+from vhostd.units import MiB, format_size, power_of_two_up
 
 PMEM_DEVICE_ID: Final = 27
 QUEUE_COUNT: Final = 1
@@ -50,6 +50,13 @@ class PmemMode(StrEnum):
 
     SHMEM = "shmem"
     WINDOW = "window"
+
+
+NO_REGION: Final = (
+    "the guest found no shared memory region: its kernel is older than Linux 6.9, or the disk was"
+    " plugged at a port that has no room for a BAR of its size"
+)
+"""A driver says the same in both cases: it does not acknowledge the feature."""
 
 
 def shared_memory_refusal(size: int, file: str) -> str | None:
@@ -194,8 +201,13 @@ class Pmem:
     def on_started(self) -> Effects:
         self.started = True
         if self.options.mode is PmemMode.SHMEM and not self.wants_mapping:
-            self.missing = "the guest's kernel knows no shared memory region (Linux 6.9 does)"
-            told = {"device": self.options.id, "why": self.missing, "remedy": 'mode = "window"'}
+            self.missing = NO_REGION
+            remedy = (
+                'for an older kernel set mode = "window"; for the BAR start QEMU with'
+                f" pref64-reserve={2 * self.options.size // MiB}M at the port, or have the disk"
+                " there when the guest boots"
+            )
+            told = {"device": self.options.id, "why": NO_REGION, "remedy": remedy}
             return [Log(DeviceEvent.PMEM_NOT_MAPPED, told)]
         return []
 
