@@ -23,6 +23,7 @@ from vhostd.backend.memory_table import DeviceMemory
 from vhostd.backend.offer import new_native, offer_of
 from vhostd.backend.performer import ActionPerformer
 from vhostd.backend.rings import Rings
+from vhostd.backend.socket_news import SocketNews
 from vhostd.backend.storage import Storage, StoragePolicy
 from vhostd.backend.surroundings import Surroundings
 from vhostd.backend.window import NoHostWork, Window
@@ -110,7 +111,7 @@ class DeviceConnection:
         if isinstance(device, Pmem):
             self.storage = self._new_storage(device, policy or StoragePolicy(), shared)
         self._performer = self._new_performer(device, memory)
-        self._socket_needs_us = trio.Event()
+        self._news = SocketNews(connection, self._native, from_worker=self.storage is None)
         self._chains = ChainServer(device, self._native, self.effects, self._roles, journal)
         self._faults = Faults(self._native, self._rings, journal)
         self.messages_refused = 0
@@ -282,6 +283,7 @@ class DeviceConnection:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.requests.run)
             nursery.start_soon(self._keep_time)
+            nursery.start_soon(self._news.watch_hang_up)
             nursery.start_soon(self._chains.serve_left)
             if self._window is not None:
                 nursery.start_soon(self._window.run, self.effects.perform)
@@ -334,13 +336,8 @@ class DeviceConnection:
         """Serve a message if there is one, else wait until there may be."""
         if (message := await self._connection.receive()) is not None:
             await self._handle(message)
-        elif self.storage is not None:
-            # The worker may be in a sync, where it hears nothing.
-            await self._connection.wait_readable()
         else:
-            self._socket_needs_us = trio.Event()
-            self._native.arm_socket()
-            await self._socket_needs_us.wait()
+            await self._news.wait()
 
     async def _handle(self, message: Message) -> None:
         step = self._machine.on_message(message)
@@ -373,7 +370,7 @@ class DeviceConnection:
 
     def _on_events(self, events: _native.Event) -> None:
         if events & _native.Event.SOCKET:
-            self._socket_needs_us.set()
+            self._news.tell()
         if events & _native.Event.CONFIG:
             self.effects.perform(self._device.on_config_written(self._native.read_config()))
         if events & _native.Event.CHAINS:

@@ -145,6 +145,14 @@ class Connection:
                     return look, message
                 await arrivals.wait()
 
+    async def wait_hung_up(self) -> None:
+        """Wait until the peer has closed its end; messages may still be there to be read.
+
+        Raises:
+            HostError: no descriptor or memory to watch it with.
+        """
+        await self._stream.wait_hung_up()
+
     async def wait_writable(self) -> None:
         """Wait until a reply may have room."""
         await self._stream.wait_writable()

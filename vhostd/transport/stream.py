@@ -136,6 +136,20 @@ class UnixStream:
         poll.register(self._socket, select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    async def wait_hung_up(self) -> None:
+        """Wait until the peer has closed its end, whatever lies unread.
+
+        Raises:
+            HostError: no descriptor or memory to watch it with.
+        """
+        try:
+            watch = select.epoll()
+        except OSError as error:
+            raise HostError(error.errno, f"cannot watch a VMM: {error.strerror}") from error
+        with watch:
+            watch.register(self._socket, select.EPOLLRDHUP)
+            await trio.lowlevel.wait_readable(watch.fileno())
+
     def hang_up(self) -> None:
         """Close the connection, whoever else has a descriptor of it: a service manager, maybe."""
         if not self.closed:
