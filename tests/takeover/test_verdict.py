@@ -111,6 +111,26 @@ async def test_a_successor_discards_nothing_that_is_or_became_pinned(
     await in_thread(work)
 
 
+async def test_a_successor_of_one_that_had_heard_nothing_discards_nothing(
+    kept: Kept, qmp: Path
+) -> None:
+    def work() -> None:
+        with (
+            monitor(qmp, VFIO, speaks=False) as vmm,
+            Machine.boot(kept.socket("balloon"), Setup()) as machine,
+        ):
+            kept.die()
+            machine.memory.touch(PAGE, PAGE_SIZE)
+            BalloonDriver(machine).inflate([PAGE // PAGE_SIZE])
+            assert finding(kept) == "unknown"
+            assert machine.memory.page_present(PAGE)
+            vmm.speaks.set()
+            wait_finding(kept, "pinned")
+            assert machine.memory.page_present(PAGE)
+
+    await in_thread(work)
+
+
 async def test_a_reason_outlives_the_daemon_where_the_monitor_is_gone(
     kept: Kept, qmp: Path
 ) -> None:

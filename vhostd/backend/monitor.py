@@ -181,7 +181,7 @@ async def _unshared(client: QmpClient) -> list[str]:
         backends = await client.execute("query-memdev")
     except QmpError:
         return []  # no QEMU: it has no such backends
-    return [str(backend.get("id", "?")) for backend in backends if not backend["share"]]
+    return [str(backend.get("id", "?")) for backend in backends if backend["share"] is False]
 
 
 async def _encryption(client: QmpClient) -> str | None:
