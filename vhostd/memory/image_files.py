@@ -7,6 +7,7 @@ is for.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,16 +27,30 @@ SEARCH_TIMEOUT_S: Final = 2.0
 of another one is never mapped anyway."""
 
 
+TURNS_MAX: Final = 32
+"""Searches that have a turn at the same time: a thousand VMs need no thousand threads."""
+
+TURN_S: Final = 0.1
+"""A search that takes longer goes on, but others have their turn: storage may hang for ever."""
+
+
 class _Search:
-    """Of one VM's files, under way."""
+    """Of one VM's files, waiting for its turn or under way."""
 
     def __init__(self) -> None:
-        self.started_s = trio.current_time()
+        self.begun = trio.Event()
+        self.started_s = 0.0
         self.ended = trio.Event()
 
-    async def wait(self, timeout_s: float) -> None:
-        """Wait for its end, but not longer than that since its start."""
-        with trio.move_on_at(self.started_s + timeout_s):
+    def begin(self) -> None:
+        """It is its turn."""
+        self.started_s = trio.current_time()
+        self.begun.set()
+
+    async def wait(self) -> None:
+        """Wait for its end, but not longer than SEARCH_TIMEOUT_S since its turn came."""
+        await self.begun.wait()
+        with trio.move_on_at(self.started_s + SEARCH_TIMEOUT_S):
             await self.ended.wait()
 
 
@@ -49,6 +64,7 @@ class ImageFiles:
         self._found: dict[str, frozenset[Identity]] = {}
         self._kept: dict[str, frozenset[Identity]] = {}
         self._searches: dict[str, _Search] = {}
+        self._turns = trio.Semaphore(TURNS_MAX)
 
     def __contains__(self, identity: Identity) -> bool:
         if identity in self._open:
@@ -81,24 +97,36 @@ class ImageFiles:
         self._found.pop(vm_name, None)
         self._kept.pop(vm_name, None)
 
-    async def look(self, vm_name: str, timeout_s: float = SEARCH_TIMEOUT_S) -> None:
+    async def look(self, vm_name: str, *, at_most_s: float = math.inf) -> None:
         """Know which files the VM's disks are now, and which ones those of others were once.
 
-        Storage that does not answer costs timeout_s of waiting, once.
+        Storage that does not answer costs SEARCH_TIMEOUT_S of waiting, once. at_most_s: don't wait
+        longer than that, even if it is not known then.
         """
+        with trio.move_on_after(at_most_s):
+            await self._look(vm_name)
+
+    async def _look(self, vm_name: str) -> None:
         searches = [self._begin(name) for name in self._paths.keys() - self._found.keys()]
         if vm_name in self._found:  # once more, from now on
             if (running := self._searches.get(vm_name)) is not None:
-                await running.wait(timeout_s)
+                await running.wait()
             searches.append(self._begin(vm_name))
         for search in searches:
-            await search.wait(timeout_s)
+            await search.wait()
 
     def _begin(self, vm_name: str) -> _Search:
         if vm_name not in self._searches:
             search = self._searches[vm_name] = _Search()
-            trio.lowlevel.spawn_system_task(self._find, vm_name, search)
+            trio.lowlevel.spawn_system_task(self._take_turn, vm_name, search)
         return self._searches[vm_name]
+
+    async def _take_turn(self, vm_name: str, search: _Search) -> None:
+        async with self._turns:
+            search.begin()
+            trio.lowlevel.spawn_system_task(self._find, vm_name, search)
+            with trio.move_on_after(TURN_S):
+                await search.ended.wait()
 
     async def _find(self, vm_name: str, search: _Search) -> None:
         paths = self._paths.get(vm_name, ())

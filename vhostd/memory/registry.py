@@ -213,7 +213,7 @@ class MemoryRegistry:
         Raises:
             HostError: it can't be mapped any more.
         """
-        await self.images.look(owner, ADOPT_TIMEOUT_S)
+        await self.images.look(owner, at_most_s=ADOPT_TIMEOUT_S)
         with fd, nullcontext() if bitmap is None else bitmap:
             identity, mapping = await self._map_again(fd, bitmap)
         file = _MemoryFile(identity, owner, mapping, users=1)
