@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import structlog
 import trio
-from vhostd._native import Image
+from vhostd._native import Image, Worker
 from vhostd.backend import vm as vm_module
 from vhostd.backend.lasting import Lasting
 from vhostd.backend.monitor import Monitor
@@ -177,11 +177,11 @@ def deaf(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """From the next notification on epoll fails for VM a's worker."""
     real = VmWorker._pass_on_events
 
-    async def fail(worker: VmWorker) -> None:
+    async def fail(worker: VmWorker, native: Worker) -> None:
         if worker.name != "a":
-            await real(worker)
+            await real(worker, native)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(real, worker)
+            nursery.start_soon(real, worker, native)
             while not worker._clients:  # noqa: ASYNC110
                 await trio.sleep(0.005)
             nursery.cancel_scope.cancel()
@@ -203,7 +203,7 @@ PARTS = [
     Part("listener", "exists and is no socket",
          before=lambda patch, folder: (folder / "a-mem0").touch()),
     Part("worker thread", "temporarily unavailable", before=lambda patch, folder: of_first(
-        patch, VmWorker, "__init__", EAGAIN)),
+        patch, VmWorker, "_begin", EAGAIN), after=hear_nothing),
     Part("monitor", "AssertionError", before=lambda patch, folder: of_first(
         patch, Monitor, "run", AssertionError())),
     Part("state directory", "MemoryError", before=lambda patch, folder: of_first(

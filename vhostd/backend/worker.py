@@ -24,22 +24,28 @@ DEAF_INTERVAL_S: Final = 0.01
 class VmWorker:
     """One native thread and the devices it serves; made by open().
 
+    There is a thread only while there are devices: a VM without a VMM costs none.
+
     Attributes:
         name: of the VM, and of its device if that has a worker of its own.
     """
 
-    def __init__(self, vm_name: str, on_failure: OnFailure) -> None:
+    def __init__(self, vm_name: str, on_failure: OnFailure, nursery: trio.Nursery) -> None:
         self.name = vm_name
-        self._native = Worker(vm_name)
+        self._native: Worker | None = None
         self._on_failure = on_failure
+        self._nursery = nursery
+        self._listening = trio.CancelScope(shield=True)
         self._parking = trio.Lock()
         self._has_parked = trio.Event()
         self._clients: dict[Device, OnEvents] = {}
+        self._changing = trio.Lock()
+        self._devices = 0
 
     @classmethod
     @asynccontextmanager
     async def open(cls, vm_name: str, on_failure: OnFailure) -> AsyncIterator[Self]:
-        """A running worker, ended with the block; every device must be detached by then.
+        """A worker, ended with the block; every device must be detached by then.
 
         Its notifications are passed on until the very end, also while the block is cancelled:
         detaching a device parks the worker, and that must be heard.
@@ -47,33 +53,39 @@ class VmWorker:
         Args:
             on_failure: gets what a device's on_events raises; that device hears nothing more.
         """
-        worker = cls(vm_name, on_failure)
-        try:
-            async with trio.open_nursery() as nursery:
-                listening = trio.CancelScope(shield=True)
-                nursery.start_soon(worker._listen, listening)
-                try:
-                    yield worker
-                finally:
-                    listening.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(worker._native.close)
+        async with trio.open_nursery() as nursery:
+            worker = cls(vm_name, on_failure, nursery)
+            try:
+                yield worker
+            finally:
+                await worker._end()
 
-    async def _listen(self, scope: trio.CancelScope) -> None:
+    def _begin(self) -> None:
+        self._native = Worker(self.name)
+        self._listening = trio.CancelScope(shield=True)
+        self._nursery.start_soon(self._listen, self._native, self._listening)
+
+    async def _end(self) -> None:
+        native, self._native = self._native, None
+        self._listening.cancel()
+        if native is not None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(native.close)
+
+    async def _listen(self, native: Worker, scope: trio.CancelScope) -> None:
         with scope:
             try:
-                await self._pass_on_events()
+                await self._pass_on_events(native)
             except OSError as error:
                 self._on_failure(error)
-                await self._look_for_parking()
+                await self._look_for_parking(native)
 
-    async def _pass_on_events(self) -> None:
-        notify_fd = self._native.notify_fd
+    async def _pass_on_events(self, native: Worker) -> None:
+        notify_fd = native.notify_fd
         while True:
             await trio.lowlevel.wait_readable(notify_fd)
             os.eventfd_read(notify_fd)
-            if self._native.parked:
+            if native.parked:
                 self._has_parked.set()
             for device, on_events in list(self._clients.items()):
                 if device in self._clients and (events := device.take_events()):
@@ -88,10 +100,10 @@ class VmWorker:
             del self._clients[device]
             self._on_failure(error)
 
-    async def _look_for_parking(self) -> None:
+    async def _look_for_parking(self, native: Worker) -> None:
         """Hear at least of what a VM's end waits for: nothing else tells of it any more."""
         while True:
-            if self._native.parked:
+            if native.parked:
                 self._has_parked.set()
             await trio.sleep(DEAF_INTERVAL_S)
 
@@ -103,24 +115,49 @@ class VmWorker:
         cancelled, because a worker that parks after its caller left would never run again.
         """
         async with self._parking:
+            native = self._native
+            if native is None:
+                yield  # there is no thread that could be in between
+                return
             self._has_parked = trio.Event()
-            self._native.park()
+            native.park()
             with trio.CancelScope(shield=True):
-                if not self._native.parked:
+                if not native.parked:
                     await self._has_parked.wait()
             try:
                 yield
             finally:
-                self._native.unpark()
+                native.unpark()
 
     async def attach(self, device: Device, on_events: OnEvents) -> None:
-        """Let the worker serve a device; on_events runs in a task of its own."""
-        async with self.parked():
-            device.attach(self._native)
+        """Let the worker serve a device; on_events runs in a task of its own.
+
+        Raises:
+            OSError: no thread, memory or descriptor for the first one.
+        """
+        async with self._changing:
+            if self._native is None:
+                self._begin()
+            native = self._native
+            assert native is not None, "begun above"
+            try:
+                async with self.parked():
+                    device.attach(native)
+            except BaseException:
+                await self._end_unused()
+                raise
+            self._devices += 1
         self._clients[device] = on_events
 
     async def detach(self, device: Device) -> None:
         """Take a device away from the worker: its rings stop, its socket is no longer watched."""
         self._clients.pop(device, None)
-        async with self.parked():
-            device.detach()
+        async with self._changing:
+            async with self.parked():
+                device.detach()
+            self._devices -= 1
+            await self._end_unused()
+
+    async def _end_unused(self) -> None:
+        if self._devices == 0:
+            await self._end()
