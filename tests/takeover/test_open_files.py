@@ -23,6 +23,10 @@ def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def threads(pid: int) -> list[str]:
+    return [thread.read_text() for thread in Path(f"/proc/{pid}/task").glob("*/comm")]
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> VmConfig:
     """One of the VMs."""
@@ -34,9 +38,8 @@ def web(tmp_path: Path) -> VmConfig:
 async def test_a_soft_limit_is_no_limit(tmp_path: Path) -> None:
     async with VhostdProcess.start(tmp_path, CONFIGURATION, open_files_max=(64, 4096)) as daemon:
         assert {vm["state"] for vm in await daemon.statuses()} == {"waiting"}
-        threads = Path(f"/proc/{daemon.process.pid}/task").glob("*/comm")
-        names = [thread.read_text() for thread in threads]
-        assert not [name for name in names if name.startswith("vm")]  # these are for VMMs
+        # These are for VMMs.
+        assert not [name for name in threads(daemon.process.pid) if name.startswith("vm")]
         with Machine.boot(tmp_path / "vm39-balloon.sock"):
             assert (await daemon.status("vm39"))["paused"] is None
 

@@ -61,6 +61,14 @@ class DeviceSeat:
         self._kept = shared.keeping.of_device(name)
         self._idle = trio.Event()  # set when the connection has ended
 
+    @property
+    def listening(self) -> dict[str, int]:
+        """The listening socket by its name in the store, if there is one."""
+        if isinstance(self._source, Connection):
+            return {}
+        self._kept.adopt(LISTEN)
+        return {self._kept.name(LISTEN): self._source.fileno()}
+
     async def run(self, worker: VmWorker) -> None:
         """Serve VMMs until cancelled, or until the one connection we were handed has ended."""
         try:
@@ -76,7 +84,6 @@ class DeviceSeat:
 
     async def _accept(self, worker: VmWorker, listener: Listener) -> None:
         journal = self._shared.journal
-        self._kept.keep(LISTEN, listener.fileno(), apart=True)
         async with trio.open_nursery() as nursery:
             if (resumed := self._resume(worker)) is not None:
                 self.connection = resumed

@@ -169,6 +169,9 @@ class Vm:
                 nursery.start_soon(self.machine.monitor.run)
             if self._keeping.lasting is not None:
                 nursery.start_soon(self._keeping.lasting.run)
+            listening = {k: fd for seat in self._seats.values() for k, fd in seat.listening.items()}
+            if listening:
+                self._keeping.store.keep_all(listening, apart=True)
             async with trio.open_nursery() as seats:
                 for name, seat in self._seats.items():
                     if name in self.pmems:

@@ -5,7 +5,7 @@ Must not know what a descriptor is for, nor how the manager keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from vhostd.handover.kept_fds import KeptFds
@@ -42,6 +42,9 @@ class FdStore(Protocol):
         apart: it is a socket, or its close may take long.
         """
 
+    def keep_all(self, fds: Mapping[str, int], *, apart: bool = False) -> None:
+        """keep() for several descriptors of one VM, by name: quicker than one by one."""
+
     def forget(self, vm: str, names: Sequence[str]) -> None:
         """Have these of a VM kept no longer."""
 
@@ -76,6 +79,9 @@ class NoStore:
         """There is nothing to fill."""
 
     def keep(self, name: str, fd: int, *, apart: bool = False) -> None:
+        """Not."""
+
+    def keep_all(self, fds: Mapping[str, int], *, apart: bool = False) -> None:
         """Not."""
 
     def forget(self, vm: str, names: Sequence[str]) -> None:

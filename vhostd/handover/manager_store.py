@@ -143,29 +143,37 @@ class ManagerStore:
     # -- what is kept --------------------------------------------------------------------------
 
     def keep(self, name: str, fd: int, *, apart: bool = False) -> None:
-        vm, _, role = name.partition("/")
+        self.keep_all({name: fd}, apart=apart)
+
+    def keep_all(self, fds: Mapping[str, int], *, apart: bool = False) -> None:
+        vm = next(iter(fds)).partition("/")[0]
         if self._channel is None or vm in self._left:
             return
         stored = self._vms.setdefault(vm, Stored())
-        known = stored.entries.get(role)
-        new_name = ""
+        before = stored.entries
+        new: dict[str, Entry] = {}
         try:
-            identity = identity_of(fd)
-            if known is not None and known.identity == identity:
-                return  # the manager would go on with the name it has, and not take another
-            if apart:
-                # First the new one, so that a successor never finds none. Hung up or not, it is
-                # for us to say when it is needed no more.
-                new_name = self._names.give("a")
-                self._tell(systemd.store_fds, new_name, [fd], poll=False)
-            entries = {**stored.entries, role: Entry(role, identity, new_name)}
-            self._replace(vm, stored, entries, {} if apart else {role: fd})
+            for name, fd in fds.items():
+                role, identity = name.partition("/")[2], identity_of(fd)
+                if role in before and before[role].identity == identity:
+                    continue  # the manager would go on with the name it has, and not take another
+                # First the new one, so that a successor never finds none. Hung up or not, it is for
+                # us to say when it is needed no more.
+                new[role] = Entry(role, identity, self._names.give("a") if apart else "")
+                if apart:
+                    self._tell(systemd.store_fds, new[role].stored, [fd], poll=False)
+            if not new:
+                return
+            inside = {} if apart else {role: fds[f"{vm}/{role}"] for role in new}
+            self._replace(vm, stored, {**before, **new}, inside)
         except (OSError, StateDamaged) as error:
-            self._remove(new_name)  # if it was stored
-            self._fail(vm, role, f"{role} can't be kept: {_reason(error)}")
+            for role, entry in new.items():
+                self._remove(entry.stored)  # if it was stored
+                self._fail(vm, role, f"{role} can't be kept: {_reason(error)}")
             return
-        self._mend(vm, [role])
-        self._remove("" if known is None else known.stored)
+        self._mend(vm, new)
+        for role in new.keys() & before.keys():
+            self._remove(before[role].stored)
 
     def forget(self, vm: str, names: Sequence[str]) -> None:
         stored = self._vms.get(vm)
