@@ -67,7 +67,7 @@ class Kept:
         self._daemon = daemon
         self.keeper = daemon.process.pid
         self.worker = 0
-        self._wait_successor()
+        self.wait_successor()
 
     @classmethod
     @asynccontextmanager
@@ -76,7 +76,7 @@ class Kept:
         async with VhostdProcess.start(folder, configuration, "--keep") as daemon:
             yield cls(daemon)
 
-    def _wait_successor(self) -> None:
+    def wait_successor(self) -> None:
         """Wait until another daemon than the last one has taken everything over."""
 
         def look() -> bool:
@@ -106,7 +106,7 @@ class Kept:
         # An upgrade follows at once; after several quick deaths the keeper would take its time.
         os.kill(self.keeper, signal.SIGHUP)
         os.kill(self.keeper, signal.SIGCONT)
-        self._wait_successor()
+        self.wait_successor()
 
     def die(self, bury: Callable[[], None] = lambda: None) -> None:
         """Kill the daemon, and wait until another has taken over."""
