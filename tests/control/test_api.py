@@ -7,12 +7,14 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from threading import Thread
 
 import httpx
 import msgspec
 import pytest
 from vhostd.control import bodies
+from vhostd.control.answers import Problem
 from vhostd.control.bodies import BODY_SIZE_MAX
 from vhostd.control.verbs import VERBS
 from vhostd.units import GiB, MiB
@@ -21,10 +23,14 @@ from tests.control.daemon import RunningDaemon
 
 
 def error_of(answer: httpx.Response) -> str:
-    body = answer.json()
-    assert list(body) == ["error"]
-    assert "\n" not in body["error"]
-    return str(body["error"])
+    """The line for a person, of an answer that is a whole problem (RFC 9457)."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    told = msgspec.convert(answer.json(), Problem, strict=True)
+    assert (told.status, told.title) == (answer.status_code, HTTPStatus(told.status).phrase)
+    assert re.fullmatch(r"[a-z]+(_[a-z]+)*", told.code)
+    assert "\n" not in told.detail
+    assert told.error == told.detail
+    return told.detail
 
 
 def test_status_is_the_contracts_object_in_bytes(http: httpx.Client) -> None:
@@ -123,7 +129,13 @@ def test_a_body_too_large_is_not_read_to_its_end(http: httpx.Client) -> None:
         ("DELETE", "/v1/vms/web", 405),
         ("PUT", "/v1/vms/absent/balloon", 404),
         ("GET", "/v1/vms/web/balloon/stats?fresh=yes", 400),
-        ("GET", "/v1/vms/web/balloon/stats?fresh=1&timeout_s=nan", 400),
+        *(
+            ("GET", f"/v1/vms/web/balloon/stats?fresh=1&timeout_s={text}", 400)
+            for text in ("nan", "-1", "inf", "1e3", "3601", "", "%2B1", "0x1", "1_0", "9" * 5000)
+        ),
+        ("GET", "/v1/vms/web/balloon/stats?timeout_s=-1", 400),  # also where it is not used
+        ("GET", "/v1/vms/web/balloon/stats?fresh=1&fresh=1", 400),
+        ("GET", "/v1/vms?surprise=1", 400),
         ("GET", "/v1/events?follow=2", 400),
     ],
 )
@@ -133,6 +145,26 @@ def test_a_request_for_nothing_we_have_is_one_line_of_json(
     answer = http.request(method, path)
     assert answer.status_code == status
     assert error_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/vms/web", "GET, HEAD"),
+        ("POST", "/v1/vms/web/balloon", "GET, HEAD, PUT"),
+        ("GET", "/v1/vms/web/pmem/flush", "POST"),
+        ("PATCH", "/v1/events", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_a_path_does_not_know_is_told_those_it_knows(
+    http: httpx.Client, read_only: httpx.Client, method: str, path: str, allowed: str
+) -> None:
+    """RFC 9110, 15.5.6: 405 carries Allow."""
+    for client in (http, read_only):
+        answer = client.request(method, path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == allowed
+        assert allowed in error_of(answer)
 
 
 def test_the_read_only_socket_reads_and_refuses_every_change(

@@ -19,7 +19,8 @@ import pytest
 import trio
 from vhostd.config import MetricsConfig
 from vhostd.control import http as http_server
-from vhostd.control.http import CONNECTIONS_MAX, CONNECTIONS_PER_USER_MAX
+from vhostd.control.http import CONNECTIONS_PER_USER_MAX
+from vhostd.control.seats import CONNECTIONS_MAX
 from vhostd.control.server import serve_control
 from vhostd.errors import ConfigError, HostError
 

@@ -18,10 +18,18 @@ class MemoryPlan(msgspec.Struct):
     balloon: int
 
 
-class Failure(msgspec.Struct):
-    """Why a request was not fulfilled, on one line."""
+class Problem(msgspec.Struct):
+    """Why a request was not fulfilled (RFC 9457, application/problem+json).
 
+    `code` is stable; `detail` is one line for a person, and `error` the same under its older name.
+    """
+
+    title: str
+    status: int
+    code: str
+    detail: str
     error: str
+    type: str = "about:blank"
 
 
 class HintStatus(msgspec.Struct):

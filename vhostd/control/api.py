@@ -1,16 +1,15 @@
 """The HTTP application: requests of the verbs table onto the Daemon protocol, and back as JSON.
 
-Every request is bounded in size and time, and answers {"error": one line} when it can't be
-fulfilled. Must not know sockets; http.py serves it.
+Every request is bounded in size and time, and answers application/problem+json with one line when
+it can't be fulfilled. Must not know sockets; http.py serves it.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import msgspec
 import trio
@@ -19,15 +18,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
-from vhostd.control.bodies import WholeBodies, json_response
+from vhostd.control.bodies import WholeBodies, json_response, problem
 from vhostd.control.interface import Daemon, DeviceSocket, JsonObject, VmView
+from vhostd.control.seats import Seat
 from vhostd.control.sse import EventStreamResponse
 from vhostd.control.verbs import (
     FRESH_TIMEOUT_DEFAULT_S,
     VERBS,
-    WAIT_MAX_S,
     BalloonHint,
     BalloonTarget,
     MemorySize,
@@ -47,8 +46,22 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+_CODES: Final = {
+    400: "bad_request",
+    403: "read_only",
+    404: "not_found",
+    405: "method_not_allowed",
+    503: "unavailable",
+    504: "timed_out",
+}
+
+
 class ApiError(HTTPException):
-    """A request that is answered with a status and one line."""
+    """A request that is answered with a status, a code for programs and one line."""
+
+    def __init__(self, status: int, detail: str, code: str | None = None) -> None:
+        super().__init__(status, detail)
+        self.code = code or _CODES[status]
 
 
 def create_app(daemon: Daemon, *, writable: bool) -> Starlette:
@@ -74,27 +87,51 @@ def _application(routes: list[Route]) -> Starlette:
 
 def _route(handlers: _Handlers, verb: Verb, *, writable: bool) -> Route:
     handler: Handler = getattr(handlers, verb.name)
-    endpoint = handler if writable or not verb.changes else _refuse_change
+
+    async def endpoint(request: Request) -> Response:
+        if reason := verb.query_refusal(request.query_params.multi_items()):
+            raise ApiError(400, reason, "bad_parameter")
+        if verb.changes and not writable:
+            _refuse_change()
+        return await handler(request)
+
     return Route(verb.path, endpoint, methods=[verb.method], name=verb.name)
 
 
-async def _refuse_change(request: Request) -> Response:
+def _refuse_change() -> NoReturn:
     raise ApiError(403, "this socket answers only reads; changes go to control.sock")
+
+
+def _methods_of(request: Request) -> str:
+    """All that the path of a request answers; starlette knows only one verb's."""
+    routes: list[Route] = request.app.routes
+    methods: set[str] = set()
+    for route in routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = {404: f"{request.url.path}: there is nothing", 405: f"not a path for {request.method}"}
-    text = error.detail if isinstance(error, ApiError) else known.get(error.status_code)
-    return json_response({"error": text or error.detail}, error.status_code)
+    if isinstance(error, ApiError):
+        return problem(error.status_code, error.code, error.detail)
+    if error.status_code == 405:
+        allowed = _methods_of(request)
+        text = f"{request.url.path}: not a path for {request.method}; for {allowed}"
+        return problem(405, "method_not_allowed", text, {"Allow": allowed})
+    known = {404: f"{request.url.path}: there is nothing"}
+    code = _CODES.get(error.status_code, "failed")
+    text = " ".join(known.get(error.status_code, error.detail).split())
+    return problem(error.status_code, code, text, error.headers)
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
-    return json_response({"error": " ".join(str(error).splitlines())}, 409)
+    return problem(409, "refused", " ".join(str(error).splitlines()))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    return json_response({"error": "the daemon failed; its log says how"}, 500)
+    return problem(500, "internal", "the daemon failed; its log says how")
 
 
 async def _read_body(request: Request, kind: type[Body]) -> Body:
@@ -103,7 +140,7 @@ async def _read_body(request: Request, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not as described: {error}") from error
+        raise ApiError(400, f"the body is not as described: {error}", "bad_body") from error
 
 
 def _size(name: str, value: int | str) -> int:
@@ -113,21 +150,8 @@ def _size(name: str, value: int | str) -> int:
         raise ApiError(400, f"{name}: {error}") from error
 
 
-def _flag(request: Request, name: str, *, default: bool) -> bool:
-    text = request.query_params.get(name, str(int(default)))
-    if text not in ("0", "1"):
-        raise ApiError(400, f"{name} is 0 or 1")
-    return text == "1"
-
-
-def _seconds(request: Request, name: str, default: float) -> float:
-    try:
-        seconds = float(request.query_params.get(name, default))
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds <= WAIT_MAX_S:
-        raise ApiError(400, f"{name} is a number of seconds, 0 to {WAIT_MAX_S:g}")
-    return seconds
+def _flag(request: Request, name: str) -> bool:
+    return bool(request.query_params.get(name) == "1")
 
 
 def _mem(vm: VmView, device: str) -> JsonObject:
@@ -212,6 +236,7 @@ class _Handlers:
         await self._vm(request).changes.set_balloon_target(size)
         if body.wait_s is not None:
             await self._wait(
+                request,
                 lambda: bool(balloon()["reached"]),
                 body.wait_s,
                 lambda: f"the guest is at {balloon()['actual']} bytes of {balloon()['target']}",
@@ -220,13 +245,14 @@ class _Handlers:
 
     async def show_statistics(self, request: Request) -> Response:
         balloon = self._balloon(request)
-        if _flag(request, "fresh", default=False):
+        if _flag(request, "fresh"):
             if not self._writable:
-                await _refuse_change(request)
-            timeout_s = _seconds(request, "timeout_s", FRESH_TIMEOUT_DEFAULT_S)
+                _refuse_change()
+            timeout_s = float(request.query_params.get("timeout_s", FRESH_TIMEOUT_DEFAULT_S))
             seen = balloon()["stats_updates"]
             await self._vm(request).changes.request_statistics()
             await self._wait(
+                request,
                 lambda: bool(balloon()["stats_updates"] != seen),
                 timeout_s,
                 lambda: "the guest sent no statistics",
@@ -248,6 +274,7 @@ class _Handlers:
         device = await vm.changes.resize_mem(body.device, _size("size", body.size))
         if body.wait_s is not None:
             await self._wait(
+                request,
                 lambda: _mem_settled(_mem(vm, device)),
                 body.wait_s,
                 lambda: _mem_standing(vm, device),
@@ -260,11 +287,14 @@ class _Handlers:
     async def flush_pmem(self, request: Request) -> Response:
         vm = self._vm(request)
         body = await _read_body(request, PmemDevice)
+        _go_and_wait(request)
         return json_response(_pmem(vm, await vm.changes.flush_pmem(body.device)))
 
     async def drop_pmem_cache(self, request: Request) -> Response:
+        vm = self._vm(request)
         body = await _read_body(request, PmemDevice)
-        return json_response(await self._vm(request).changes.drop_pmem_cache(body.device))
+        _go_and_wait(request)
+        return json_response(await vm.changes.drop_pmem_cache(body.device))
 
     async def clear_pmem(self, request: Request) -> Response:
         vm = self._vm(request)
@@ -277,6 +307,7 @@ class _Handlers:
         plan = await vm.changes.set_memory(_size("size", body.size))
         if body.wait_s is not None:
             await self._wait(
+                request,
                 lambda: _memory_settled(vm.status()),
                 body.wait_s,
                 lambda: "; ".join(_memory_standing(vm)),
@@ -285,16 +316,21 @@ class _Handlers:
 
     async def stream_events(self, request: Request) -> Response:
         if not self._writable and self._daemon.events.subscribers >= SUBSCRIBERS_MAX:
-            raise ApiError(503, f"{SUBSCRIBERS_MAX} listen already; that is the limit here")
+            raise ApiError(
+                503, f"{SUBSCRIBERS_MAX} listen already; that is the limit here", "too_many"
+            )
         after = request.headers.get("last-event-id", "")
         if after and not (after.isascii() and after.isdigit() and len(after) < 20):
-            raise ApiError(400, "Last-Event-ID is a number")
-        recent = _flag(request, "recent", default=False)
+            raise ApiError(400, "Last-Event-ID is a number", "bad_parameter")
+        recent = _flag(request, "recent")
+        follow = request.query_params.get("follow") != "0"
+        if follow:
+            _go_and_wait(request)
         return EventStreamResponse(
             self._daemon.events,
             vm=request.query_params.get("vm"),
             after=int(after) if after else (0 if recent else None),
-            follow=_flag(request, "follow", default=True),
+            follow=follow,
         )
 
     async def describe(self, request: Request) -> Response:
@@ -308,7 +344,7 @@ class _Handlers:
         name: str = request.path_params["vm"]
         vm = self._daemon.vms().get(name)
         if vm is None:
-            raise ApiError(404, f"no VM is called {name!r}")
+            raise ApiError(404, f"no VM is called {name!r}", "no_such_vm")
         return vm
 
     def _balloon(self, request: Request) -> Callable[[], JsonObject]:
@@ -317,17 +353,48 @@ class _Handlers:
         status = vm.status()
         if "balloon" not in status:
             if paused := status.get("paused"):
-                raise ApiError(409, f"VM {request.path_params['vm']!r} is paused: {paused}")
-            raise ApiError(404, f"VM {request.path_params['vm']!r} has no balloon")
+                raise ApiError(
+                    409, f"VM {request.path_params['vm']!r} is paused: {paused}", "paused"
+                )
+            raise ApiError(404, f"VM {request.path_params['vm']!r} has no balloon", "no_balloon")
         return lambda: vm.status()["balloon"]
 
     async def _wait(
-        self, condition: Callable[[], bool], timeout_s: float, failure: Callable[[], str]
+        self,
+        request: Request,
+        condition: Callable[[], bool],
+        timeout_s: float,
+        failure: Callable[[], str],
     ) -> None:
         """Wait until `condition` holds; it is looked at whenever something happened."""
-        with self._daemon.events.subscribe() as subscription, trio.move_on_after(timeout_s):
-            while not condition():
-                if not await subscription.receive():
-                    raise ApiError(503, "the daemon is stopping")
-        if not condition():
-            raise ApiError(504, f"{failure()} after {timeout_s:g} s")
+        if condition():
+            return
+        _go_and_wait(request)
+        with self._daemon.events.subscribe() as subscription:
+            async with trio.open_nursery() as nursery:
+                # A client that goes away leaves nothing behind.
+                nursery.start_soon(_until_gone, request, nursery.cancel_scope)
+                with trio.move_on_after(timeout_s):
+                    while not condition() and await subscription.receive():
+                        pass
+                nursery.cancel_scope.cancel()
+        if condition():
+            return
+        if self._daemon.events.closed:
+            raise ApiError(503, "the daemon is stopping", "stopping")
+        raise ApiError(504, f"{failure()} after {timeout_s:g} s")
+
+
+def _go_and_wait(request: Request) -> None:
+    """What follows may take long: leave the connection's seat to others."""
+    seat: Seat = request.state.seat
+    name: str = request.path_params.get("vm", "")
+    if not seat.wait(name):
+        raise ApiError(503, "too many requests wait already; try again later", "too_many")
+
+
+async def _until_gone(request: Request, scope: trio.CancelScope) -> None:
+    """Cancel once the client has hung up; its body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()

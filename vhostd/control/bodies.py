@@ -6,12 +6,16 @@ Knows ASGI; must not know a verb.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Final
 
 import msgspec
 import trio
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vhostd.control.answers import Problem
 
 BODY_SIZE_MAX: Final = 64 * 1024
 BODY_TIMEOUT_S: Final = 10.0
@@ -21,6 +25,15 @@ def json_response(content: object, status: int = 200) -> Response:
     """A JSON body that ends with a line break, as a terminal likes it."""
     body = msgspec.json.encode(content) + b"\n"
     return Response(body, status_code=status, media_type="application/json")
+
+
+def problem(
+    status: int, code: str, detail: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """What went wrong (RFC 9457): `code` is for programs and stays, `detail` is one line."""
+    told = Problem(HTTPStatus(status).phrase, status, code, detail, detail)
+    body = msgspec.json.encode(told) + b"\n"
+    return Response(body, status, headers, media_type="application/problem+json")
 
 
 class WholeBodies:
@@ -38,10 +51,10 @@ class WholeBodies:
             body = await _read(receive)
         if patience.cancelled_caught:
             text = f"the body took more than {BODY_TIMEOUT_S:g} s"
-            await json_response({"error": text}, 408)(scope, receive, send)
+            await problem(408, "body_timed_out", text)(scope, receive, send)
         elif body is None:
             text = f"a body may have {BODY_SIZE_MAX} bytes"
-            await json_response({"error": text}, 413)(scope, receive, send)
+            await problem(413, "body_too_large", text)(scope, receive, send)
         else:
             await self._app(scope, _Replay(body, receive).receive, send)
 

@@ -30,10 +30,9 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from starlette.applications import Starlette
 
+from vhostd.control.seats import Seat, Seats
 from vhostd.log import LogEvent, get_logger
 
-CONNECTIONS_MAX: Final = 256
-"""Of one socket; further clients wait in its backlog."""
 CONNECTIONS_PER_USER_MAX: Final = 64
 """So that one unprivileged user can't keep the others out."""
 IDLE_TIMEOUT_S: Final = 5
@@ -53,14 +52,14 @@ def _hypercorn_config() -> Config:
 
 
 class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts only while fewer than CONNECTIONS_MAX connections are open."""
+    """Accepts only while there is a seat."""
 
-    def __init__(self, listener: trio.SocketListener, slots: trio.Semaphore) -> None:
+    def __init__(self, listener: trio.SocketListener, seats: Seats) -> None:
         self._listener = listener
-        self._slots = slots
+        self._seats = seats
 
     async def accept(self) -> trio.SocketStream:
-        await self._slots.acquire()
+        await self._seats.reserve()
         accepted = False
         try:
             stream = await self._listener.accept()
@@ -68,7 +67,7 @@ class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
             return stream
         finally:
             if not accepted:
-                self._slots.release()
+                self._seats.give_back()
 
     async def aclose(self) -> None:
         await self._listener.aclose()
@@ -98,13 +97,9 @@ class HttpServer:
         self._listeners = listeners
         self._context = WorkerContext(None)
         self._connection = partial(
-            _Connection,
-            ASGIWrapper(cast(ASGIFramework, app)),
-            _hypercorn_config(),
-            self._context,
-            ConnectionState({}),
+            _Connection, ASGIWrapper(cast(ASGIFramework, app)), _hypercorn_config(), self._context
         )
-        self._slots = trio.Semaphore(CONNECTIONS_MAX)
+        self._seats = Seats()
         self._streams: set[trio.SocketStream] = set()
         self._one_ended = trio.lowlevel.ParkingLot()
         self._per_user: Counter[int] = Counter()
@@ -115,7 +110,7 @@ class HttpServer:
 
         Must run shielded from cancellation, or there is no grace.
         """
-        bounded = [_BoundedListener(listener, self._slots) for listener in self._listeners]
+        bounded = [_BoundedListener(listener, self._seats) for listener in self._listeners]
         serve = partial(trio.serve_listeners, self._serve, bounded)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
@@ -133,10 +128,12 @@ class HttpServer:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         self._streams.add(stream)
+        seat = Seat(self._seats)
         try:
             with self._admitted(stream) as admitted:
                 if admitted:
-                    await self._connection(cast("trio.SSLStream[trio.SocketStream]", stream))
+                    state = ConnectionState({"seat": seat})  # api.py finds it in its requests
+                    await self._connection(state, cast("trio.SSLStream[trio.SocketStream]", stream))
         except* Exception:  # noqa: BLE001
             # Hypercorn parses what any local user sends. Whatever it trips over ends this
             # connection, not the daemon.
@@ -144,7 +141,7 @@ class HttpServer:
         finally:
             stream.socket.close()
             self._streams.discard(stream)
-            self._slots.release()
+            seat.leave()
             self._one_ended.unpark_all()
 
     @contextmanager

@@ -5,6 +5,8 @@ The application's routes and /openapi.json are both made from it. Holds no behav
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -16,16 +18,17 @@ from vhostd.control.answers import (
     BalloonStatus,
     CacheDropped,
     DeviceDescription,
-    Failure,
     HintStatus,
     MemoryPlan,
     MemStatus,
     PmemStatus,
+    Problem,
     VmStatus,
 )
 from vhostd.control.interface import HintAction, JsonObject
 
 WAIT_MAX_S: Final = 3600.0
+_NUMBER: Final = re.compile(r"[0-9]+(\.[0-9]*)?")
 FRESH_TIMEOUT_DEFAULT_S: Final = 5.0
 
 
@@ -74,6 +77,16 @@ class Query:
     summary: str
     schema: JsonObject
 
+    def refusal(self, text: str) -> str | None:
+        """Why a text can't be its value; None: it can."""
+        if self.schema["type"] == "number":
+            low, high = self.schema["minimum"], self.schema["maximum"]
+            if not _NUMBER.fullmatch(text) or not low <= float(text) <= high:
+                return f"{self.name} is a number, {low:g} to {high:g}, not {text[:40]!r}"
+        elif text not in self.schema.get("enum", (text,)):
+            return f"{self.name} is {' or '.join(self.schema['enum'])}, not {text[:40]!r}"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Verb:
@@ -96,8 +109,24 @@ class Verb:
     query: tuple[Query, ...] = ()
     media: str = "application/json"
 
+    def query_refusal(self, parameters: Iterable[tuple[str, str]]) -> str | None:
+        """Why a request's query string is not as described; None: it is."""
+        known = {query.name: query for query in self.query}
+        seen: set[str] = set()
+        for name, text in parameters:
+            if name not in known:
+                listed = ", ".join(known) or "none at all"
+                return f"there is no parameter {name[:40]!r} here; known: {listed}"
+            if name in seen:
+                return f"{name} is given twice"
+            seen.add(name)
+            if reason := known[name].refusal(text):
+                return reason
+        return None
+
 
 _FLAG: Final = {"type": "string", "enum": ["0", "1"]}
+_SECONDS: Final = {"type": "number", "minimum": 0, "maximum": WAIT_MAX_S}
 
 VERBS: Final = (
     Verb("GET", "/v1/vms", "list_vms", "All VMs.", answer=list[VmStatus]),
@@ -127,7 +156,7 @@ VERBS: Final = (
         answer=dict[str, int],
         query=(
             Query("fresh", "1: ask the guest now (not on the read-only socket)", _FLAG),
-            Query("timeout_s", "how long to wait for it", {"type": "number", "minimum": 0}),
+            Query("timeout_s", "how long to wait for it", _SECONDS),
         ),
     ),
     Verb(
@@ -219,9 +248,9 @@ def openapi() -> JsonObject:
     """The API's description, OpenAPI 3.1."""
     types = [item for verb in VERBS for item in (verb.body, verb.answer) if item is not None]
     schemas, components = msgspec.json.schema_components(
-        [*types, Failure], ref_template="#/components/schemas/{name}"
+        [*types, Problem], ref_template="#/components/schemas/{name}"
     )
-    of_type = dict(zip(map(repr, [*types, Failure]), schemas, strict=True))
+    of_type = dict(zip(map(repr, [*types, Problem]), schemas, strict=True))
     paths: dict[str, JsonObject] = {}
     for verb in VERBS:
         paths.setdefault(verb.path, {})[verb.method.lower()] = _operation(verb, of_type)
@@ -237,7 +266,7 @@ def _operation(verb: Verb, of_type: dict[str, JsonObject]) -> JsonObject:
     content: JsonObject = {"schema": {"type": "string"}}
     if verb.answer is not None:
         content = {"schema": of_type[repr(verb.answer)]}
-    failure = {"application/json": {"schema": of_type[repr(Failure)]}}
+    failure = {"application/problem+json": {"schema": of_type[repr(Problem)]}}
     operation: JsonObject = {
         "operationId": verb.name,
         "summary": verb.summary,
