@@ -173,8 +173,12 @@ class BalloonVm:
     async def resize_mem(self, device: str | None, size: int) -> str:
         if device not in (None, "mem0"):
             raise Refused(f"no memory device {device!r}")
-        self._perform(self.mem.set_requested_size(size))
+        self.request_mem(size)
         return "mem0"
+
+    def request_mem(self, size: int) -> None:
+        """What resize_mem() does once it knows the device."""
+        self._perform(self.mem.set_requested_size(size))
 
     async def set_memory(self, size: int) -> JsonObject:
         self.goal = size
@@ -196,6 +200,10 @@ class BalloonVm:
         """The guest writes `actual`."""
         self._perform(self.balloon.on_config_written(pack("<IIII", 0, size // 4096, 0, 0)))
 
+    def mute(self) -> None:
+        """The guest sends no statistics any more."""
+        self.answers_statistics = False
+
     def send_statistics(self) -> None:
         """The guest fills its buffer: free memory is how often it did so."""
         self._statistics_sent += 1
@@ -216,8 +224,9 @@ class BalloonVm:
 class SmallDaemon:
     """VM "web" runs, VM "idle" was never connected."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_event: int = 1) -> None:
         self.events = EventStream(clock=lambda: 1000.0)
+        self.events.begin_after(first_event - 1)
         self.web = BalloonVm("web", self.events)
         self.idle = BalloonVm("idle", self.events, running=False)
 
@@ -228,8 +237,10 @@ class SmallDaemon:
 class RunningDaemon:
     """A SmallDaemon that serves its control sockets in a thread of its own."""
 
-    def __init__(self, runtime_dir: Path, metrics: MetricsConfig | None = None) -> None:
-        self.daemon = SmallDaemon()
+    def __init__(
+        self, runtime_dir: Path, metrics: MetricsConfig | None = None, *, first_event: int = 1
+    ) -> None:
+        self.daemon = SmallDaemon(first_event)
         self.addresses: ControlAddresses
         self._token: trio.lowlevel.TrioToken
         self._stop: trio.Event
@@ -264,10 +275,15 @@ class RunningDaemon:
 
 @contextmanager
 def running_daemon(
-    runtime_dir: Path, metrics: MetricsConfig | None = None
+    runtime_dir: Path,
+    metrics: MetricsConfig | None = None,
+    *,
+    first_event: int = 1,
+    prepare: Callable[[SmallDaemon], None] = lambda _daemon: None,
 ) -> Iterator[RunningDaemon]:
-    """A daemon that serves until the block ends."""
-    running = RunningDaemon(runtime_dir, metrics)
+    """A daemon that serves until the block ends; prepare: called before it serves."""
+    running = RunningDaemon(runtime_dir, metrics, first_event=first_event)
+    prepare(running.daemon)
     running.start()
     try:
         yield running

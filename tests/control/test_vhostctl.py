@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 from vhostd.units import GiB, MiB
 
 from tests.control.daemon import RunningDaemon
-from tests.control.program import PROGRAM, Vhostctl, failed_with, run
+from tests.control.program import PROGRAM, Finished, Vhostctl, failed_with, run
 
 
 @pytest.fixture
@@ -65,6 +66,50 @@ def test_setting_the_balloon_is_silent_and_done(
     finished = vhostctl("balloon", "set", "web", size)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
     assert served.daemon.web.balloon.target == target
+
+
+def test_a_size_of_no_whole_pages_is_set_to_what_is_said(
+    vhostctl: Vhostctl, served: RunningDaemon
+) -> None:
+    for size, rounded in ((4095, 0), (8193, 8192)):
+        finished = vhostctl("balloon", "set", "web", str(size))
+        assert (finished.returncode, finished.stdout) == (0, "")
+        assert f"{size} bytes are no whole pages of 4 KiB: set to {rounded} bytes" in (
+            finished.stderr
+        )
+        assert served.daemon.web.balloon.target == rounded
+        told = vhostctl("--json", "balloon", "set", "web", str(size))
+        assert json.loads(told.stdout)["target"] == rounded
+
+
+# Root may write everywhere; without this it may only where the mode lets the owner.
+POWERLESS = ("setpriv", "--inh-caps=-dac_override", "--bounding-set=-dac_override")
+
+
+def test_who_may_not_use_the_control_socket_reads_on_the_other(served: RunningDaemon) -> None:
+    served.addresses.control.chmod(0)
+    powerless = POWERLESS if os.getuid() == 0 else ()
+
+    def vhostctl(*arguments: str) -> Finished:
+        return subprocess.run(
+            [*powerless, *PROGRAM, "--socket", str(served.addresses.control), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    for reads in (("status",), ("status", "web"), ("balloon", "stats", "web"), ("events",)):
+        finished = vhostctl(*reads)
+        assert (finished.returncode, finished.stderr) == (0, "")
+        assert "web" in finished.stdout or "1 GiB" in finished.stdout
+    for changes in (
+        ("balloon", "set", "web", "1M"),
+        ("mem", "resize", "web", "64M", "--wait"),
+        ("balloon", "stats", "web", "--fresh"),
+    ):
+        assert failed_with(vhostctl(*changes), 3, "permission denied")
+    assert served.daemon.web.balloon.target == 0
 
 
 def test_statistics_are_the_object_the_guest_sent(vhostctl: Vhostctl) -> None:

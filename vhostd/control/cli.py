@@ -17,6 +17,7 @@ from vhostd.control.cli_common import (
     pass_session,
     ram_argument,
     render,
+    say,
     show_nothing,
     size_argument,
     timeout_option,
@@ -79,7 +80,10 @@ def balloon() -> None:
 def set_balloon(session: Session, vm: str, size: int, wait: bool, timeout_s: float) -> None:
     """Set the size of VM's balloon: the memory taken out of the guest."""
     with session.client() as client:
-        session.show(client.set_balloon(vm, size, timeout_s if wait else None), show_nothing)
+        answer = client.set_balloon(vm, size, timeout_s if wait else None)
+        if answer["target"] != size:
+            say(f"{size} bytes are no whole pages of 4 KiB: set to {answer['target']} bytes")
+        session.show(answer, show_nothing)
 
 
 @balloon.command()
@@ -136,7 +140,7 @@ def resize_mem(
     exits with 4.
     """
     with session.client() as client:
-        answer = client.resize_mem(vm, size, device)
+        answer = client.resize_mem(vm, size, device, again=wait)
         if wait:
             statuses = client.mem_progress(vm, answer["id"], timeout_s)
             answer = deque(statuses, 1)[0] if session.json else render().show_progress(statuses)

@@ -53,9 +53,9 @@ class Session:
         from vhostd.control.client import ClientError, ControlClient
 
         try:
-            yield ControlClient(self.socket)
+            yield ControlClient(self.socket, tell=say)
         except ClientError as error:
-            click.echo(f"vhostctl: {error}", err=True)
+            say(str(error))
             raise click.exceptions.Exit(error.code) from error
 
     def show(self, answer: JsonValue, render: Callable[[JsonValue], None]) -> None:
@@ -76,6 +76,11 @@ timeout_option = click.option(
     show_default=True,
     help="Seconds to wait at most.",
 )
+
+
+def say(line: str) -> None:
+    """A line beside the answer, for a person."""
+    click.echo(f"vhostctl: {line}", err=True)
 
 
 def render() -> ModuleType:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vhostd.devices.base import GuestRange, Refused
-from vhostd.units import align_up, format_size
+from vhostd.units import BALLOON_PAGE_SIZE, align_down, align_up, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ def plan_memory(
     """Work out how the guest gets `size` bytes of usable memory.
 
     Devices are filled in order. A size that is no whole number of blocks is plugged up to the next
-    one, and the balloon takes the rest out; without a balloon the guest keeps it.
+    one, and the balloon takes the rest out in whole pages of 4 KiB; without a balloon the guest
+    keeps it.
 
     Raises:
         Refused: more than boot memory and all windows, or less than the boot memory and there is no
@@ -91,4 +92,4 @@ def plan_memory(
         requested[device.id] = min(device.size, align_up(missing, device.block_size))
         missing = max(0, missing - requested[device.id])
     surplus = boot_size + sum(requested.values()) - size
-    return MemoryPlan(requested, surplus if has_balloon else 0)
+    return MemoryPlan(requested, align_down(surplus, BALLOON_PAGE_SIZE) if has_balloon else 0)
