@@ -207,10 +207,10 @@ def test_the_end_closes_idle_and_listening_clients_and_removes_the_sockets(
     assert not running.addresses.read_only.exists()
 
 
-async def refused(runtime_dir: Path, metrics: MetricsConfig | None = None) -> str:
+async def refused(runtime_dir: Path) -> str:
     """What serve_control says when it can't start."""
     with pytest.raises((ConfigError, HostError)) as caught:
-        await serve_control(SmallDaemon(), runtime_dir, metrics)
+        await serve_control(SmallDaemon(), runtime_dir)
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -258,13 +258,20 @@ async def test_a_path_too_long_for_a_socket_is_one_line(tmp_path: Path) -> None:
     assert "too long" in await refused(tmp_path / ("d" * 120))
 
 
-async def test_a_metrics_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+def test_a_metrics_port_that_is_taken_is_one_line_and_stops_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert "metrics.listen" in await refused(tmp_path, MetricsConfig("127.0.0.1", port))
-    assert not (tmp_path / "control.sock").exists()
+        with running_daemon(tmp_path, MetricsConfig("127.0.0.1", port)) as running:
+            assert running.addresses.metrics_port == 0
+            with client(running.addresses.read_only) as http:
+                assert "vhostd_vm_state" in http.get("/metrics").text
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "host_error" in line]
+    assert f"metrics.listen: 127.0.0.1 port {port}: Address already in use" in line
+    assert "ss -ltnp" in line
 
 
 def test_the_metrics_port_answers_metrics_and_nothing_else(tmp_path: Path) -> None:
