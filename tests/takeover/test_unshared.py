@@ -55,6 +55,9 @@ async def test_a_ring_in_memory_that_is_not_shared_is_told_by_its_address(kept: 
             assert f"balloon: guest address {machine.queues[0].parts.desc:#x}" in unshared(kept)
             assert "share=on?" in unshared(kept)
             assert kept.status()["state"] == "connected"
+            told = unshared(kept)
+            kept.die()
+            assert unshared(kept) == told
             machine.start()
             wait_until(lambda: kept.status()["state"] == "running")
             assert unshared(kept) == ""

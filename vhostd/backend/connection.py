@@ -113,7 +113,7 @@ class DeviceConnection:
         self._performer = self._new_performer(device, memory)
         self._news = SocketNews(connection, self._native, from_worker=self.storage is None)
         self._chains = ChainServer(device, self._native, self.effects, self._roles, journal)
-        self._faults = Faults(self._native, self._rings, journal)
+        self._faults = Faults(self._native, self._rings, journal, left)
         self.messages_refused = 0
         self.resumed = left is not None
         self.ended = False
@@ -160,7 +160,12 @@ class DeviceConnection:
         """Record what the device and the session have become."""
         shared = self._shared
         shared.keeping.commit(
-            self.name, self._device, self._machine.state, self._owed, shared.next_event()
+            self.name,
+            self._device,
+            self._machine.state,
+            self._owed,
+            shared.next_event(),
+            self._faults.refused,
         )
 
     @property

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from vhostd import _native
 from vhostd.backend.journal import Journal
+from vhostd.backend.left import Left
 from vhostd.backend.rings import Rings
 from vhostd.errors import FrontendError
 from vhostd.log import LogEvent
 
 
 class Faults:
-    """One connection's quarantined rings and failed discards."""
+    """One connection's quarantined rings and failed discards.
 
-    def __init__(self, native: _native.Device, rings: Rings, journal: Journal) -> None:
+    Attributes:
+        refused: an address of a ring that could not start, in no memory the VMM has given.
+    """
+
+    def __init__(
+        self, native: _native.Device, rings: Rings, journal: Journal, left: Left | None
+    ) -> None:
+        """left: what a predecessor left of the connection."""
         self._native = native
         self._rings = rings
         self._journal = journal
         self._told: set[int] = set()
-        self._refused: int | None = None
+        self.refused = None if left is None else left.record.outside
 
     def now(self) -> dict[int, str]:
         """Quarantined rings and what was wrong with them."""
@@ -30,7 +38,7 @@ class Faults:
     def on_refusal(self, refusal: Exception) -> None:
         """A message of the VMM was refused."""
         if isinstance(refusal, FrontendError) and refusal.outside is not None:
-            self._refused = refusal.outside
+            self.refused = refusal.outside
 
     def outside(self, *, live: bool) -> int | None:
         """A guest address that is in no memory the VMM has given.
@@ -41,11 +49,11 @@ class Faults:
             live: a ring was started after all.
         """
         if live:
-            self._refused = None
+            self.refused = None
         statistics = map(self._native.ring_statistics, sorted(self._rings.started))
         found = (
             *(ring.fault_addr for ring in statistics),
-            self._refused,
+            self.refused,
             self._native.balloon_counters().outside_addr or None,
         )
         return next((addr for addr in found if addr is not None), None)

@@ -105,6 +105,7 @@ class VmKeeping:
         session: SessionState | None,
         owed: Owed | None,
         next_event: int,
+        outside: int | None = None,
     ) -> None:
         """Record a device's state; once this returns a successor goes on from there.
 
@@ -112,6 +113,7 @@ class VmKeeping:
             name: of the device.
             session, owed: of its connection, None where there is none.
             next_event: number of the event stream's next event.
+            outside: see DeviceRecord.
 
         Raises:
             HostError: no memory for it.
@@ -123,11 +125,11 @@ class VmKeeping:
         if not (self.active and self.store.working):
             return
         if large is None or changes is None:
-            record = DeviceRecord(device.save(), session, owed)
+            record = DeviceRecord(device.save(), session, owed, None, outside)
         else:
             if name not in self._large:
                 self._begin_large(name, large)
-            record = DeviceRecord(large.save_rest(), session, owed, changes)
+            record = DeviceRecord(large.save_rest(), session, owed, changes, outside)
         self._devices[name] = encode_device(record)
         self._write(next_event)
         if changes:

@@ -36,12 +36,14 @@ class DeviceRecord(msgspec.Struct, frozen=True):
     """One device; session and owed are of its connection, None where there is none.
 
     changes: what is to be made of its large state, which may be done already; None: it has none.
+    outside: an address of a ring that could not start, in no memory the VMM has given; or None.
     """
 
     device: dict[str, Any]
     session: SessionState | None = None
     owed: Owed | None = None
     changes: list[tuple[int, int, int]] | None = None
+    outside: int | None = None
 
 
 class VmRecord(msgspec.Struct, frozen=True):
