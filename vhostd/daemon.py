@@ -22,6 +22,7 @@ from vhostd.fds import OwnedFd
 from vhostd.handover import kept_config
 from vhostd.handover.state_dir import StateDir
 from vhostd.homes import KeptHome, NoHome, Shared, SingleHome
+from vhostd.keeper.child import KEEPER
 from vhostd.log import LogEvent, RateLimiter, get_logger
 from vhostd.memory.registry import MemoryRegistry
 from vhostd.pause import Pause
@@ -164,6 +165,7 @@ async def serve(
             if not taking_over:
                 nursery.start_soon(daemon.run, nursery.cancel_scope)
             nursery.start_soon(_feed_watchdog)
+            nursery.start_soon(_watch_keeper, legacy)
             served = sum(vm.paused is None for vm in daemon.vms().values())
             log.info(LogEvent.DAEMON_STARTED, version=__version__, vms=served)
             _tell_service_manager("READY=1", f"STATUS=serving {served} VMs")
@@ -201,9 +203,27 @@ async def _feed_watchdog() -> None:
     interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
     if interval_s is None:
         return
-    while True:
+    while _keeper_lives():
         _tell_service_manager("WATCHDOG=1", timeout_s=0)
         await trio.sleep(interval_s / 2)
+
+
+def _keeper_lives() -> bool:
+    """False: our keeper has ended; True where there is none, too."""
+    return os.environ.get(KEEPER, str(os.getppid())) == str(os.getppid())
+
+
+async def _watch_keeper(legacy: Legacy) -> None:
+    """Tell at once that nothing is kept any more, and not at the next change."""
+    if KEEPER not in os.environ:
+        return
+    try:
+        with OwnedFd(os.pidfd_open(int(os.environ[KEEPER]))) as keeper:
+            if _keeper_lives():
+                await trio.lowlevel.wait_readable(keeper.fileno())
+    except (OSError, ValueError):
+        pass  # there is no such process any more
+    legacy.store.lose("the keeper has ended")
 
 
 def load_control() -> None:

@@ -43,7 +43,8 @@ class RuntimeDirLock:
             if not _lock(self._fd):
                 if not _is_killed(_holder(self._fd)):
                     raise ConfigError(
-                        f"{runtime_dir}: another vhostd serves this runtime directory"
+                        f"{runtime_dir}: another vhostd (PID {_holder(self._fd)}) serves this"
+                        " runtime directory; end it when its VMs have ended, or choose another one"
                     )
                 path.unlink()
                 self._fd.close()

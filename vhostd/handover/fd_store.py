@@ -63,6 +63,9 @@ class FdStore(Protocol):
     def leave(self) -> None:
         """Change nothing any more: what comes now is only our own end."""
 
+    def lose(self, why: str) -> None:
+        """Nothing is kept any more."""
+
     def leave_vm(self, vm: str) -> None:
         """Change nothing of this VM any more: a successor gets it as it is now."""
 
@@ -101,6 +104,9 @@ class NoStore:
         """There are none but the one."""
 
     def leave(self) -> None:
+        """Nothing was kept."""
+
+    def lose(self, why: str) -> None:
         """Nothing was kept."""
 
     def leave_vm(self, vm: str) -> None:

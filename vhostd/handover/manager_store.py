@@ -324,14 +324,20 @@ class ManagerStore:
         except OSError as error:
             if error.errno in _OUR_LIMITS:
                 raise
-            self.leave()
-            get_logger().error(
-                LogEvent.NO_FD_STORE,
-                error=str(error),
-                consequence="a successor can't take these VMs over",
-            )
-            for vm in self._rooms:
-                self._on_failure(vm, _GONE)
+            self.lose(str(error))
+
+    def lose(self, why: str) -> None:
+        if self._channel is None:
+            return
+        self.leave()
+        get_logger().error(
+            LogEvent.NO_FD_STORE,
+            error=why,
+            consequence="guests are served, but a successor can't take these VMs over",
+            remedy="end the VMs or migrate them away, then start vhostd anew",
+        )
+        for vm in self._rooms:
+            self._on_failure(vm, _GONE)
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,9 @@ from vhostd.systemd import LISTEN_FDS_START
 EXIT_NOT_STARTED: Final = 2
 """What a program that cannot be executed counts as: the command line is wrong."""
 
+KEEPER: Final = "VHOSTD_KEEPER"
+"""In a service's environment: the keeper's process id."""
+
 _OURS: Final = frozenset(
     {
         "NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
@@ -87,6 +90,7 @@ def service_environment(
     result = {key: value for key, value in environment.items() if key not in _OURS}
     result["NOTIFY_SOCKET"] = notify_path
     result["FDSTORE"] = str(store_max)
+    result[KEEPER] = str(os.getpid())
     if watchdog_s is not None:
         result["WATCHDOG_USEC"] = str(round(watchdog_s * 1e6))
     return result

@@ -262,7 +262,10 @@ def wait_for_turn() -> dict[str, list[OwnedFd]]:
 def _receive(keeper: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        part = keeper.recv(size - len(data))
+        try:
+            part = keeper.recv(size - len(data))
+        except ConnectionResetError:  # it was killed
+            part = b""
         if not part:
             raise HostError(0, "the keeper has ended")
         data += part
