@@ -14,6 +14,7 @@ from vhostd import _native
 from vhostd.backend.keeping import STATE, large_role
 from vhostd.devices.base import Device, JsonObject
 from vhostd.devices.verdict import Verdict
+from vhostd.errors import PauseVm
 from vhostd.fds import OwnedFd
 from vhostd.handover.fd_store import VM_WIDE, DeviceKeeping, FdStore
 from vhostd.handover.kept_fds import KeptFds
@@ -50,19 +51,29 @@ class Left:
         """The worker's side of the device.
 
         Raises:
-            OSError: it was not kept, or is of another release or kind of device.
+            OSError: it was not kept, or there is no memory or descriptor for it.
+            PauseVm: it is of another release or kind of device.
         """
         shared, reply = self.take("shared"), self.take("reply")
         if shared is None or reply is None:
             raise OSError(errno.ENOENT, "the worker's memory was not kept")
         with shared, reply:
-            return _native.Device.adopt(
-                shared.fileno(),
-                reply.fileno(),
-                device.queue_count,
-                device.config_size,
-                device.config_writable,
-            )
+            try:
+                return _native.Device.adopt(
+                    shared.fileno(),
+                    reply.fileno(),
+                    device.queue_count,
+                    device.config_size,
+                    device.config_writable,
+                )
+            except OSError as error:
+                if error.errno != errno.EPROTO:
+                    raise
+                raise PauseVm(
+                    "what a predecessor's worker left is of another release, or of another kind of"
+                    " device",
+                    "start the release that left it, or restart the VM",
+                ) from error
 
     def connection(self) -> Connection | None:
         """The VMM's socket."""

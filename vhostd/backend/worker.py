@@ -58,19 +58,23 @@ class VmWorker:
             try:
                 yield worker
             finally:
-                await worker._end()
+                worker._end()
 
     def _begin(self) -> None:
         self._native = Worker(self.name)
         self._listening = trio.CancelScope(shield=True)
         self._nursery.start_soon(self._listen, self._native, self._listening)
 
-    async def _end(self) -> None:
+    def _end(self) -> None:
         native, self._native = self._native, None
         self._listening.cancel()
         if native is not None:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(native.close)
+            self._nursery.start_soon(self._close, native)
+
+    async def _close(self, native: Worker) -> None:
+        # It may be in a sync that takes as long as its disk; a thread of its own waits for that.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(native.close, limiter=trio.CapacityLimiter(1))
 
     async def _listen(self, native: Worker, scope: trio.CancelScope) -> None:
         with scope:
@@ -144,7 +148,7 @@ class VmWorker:
                 async with self.parked():
                     device.attach(native)
             except BaseException:
-                await self._end_unused()
+                self._end_unused()
                 raise
             self._devices += 1
         self._clients[device] = on_events
@@ -156,8 +160,8 @@ class VmWorker:
             async with self.parked():
                 device.detach()
             self._devices -= 1
-            await self._end_unused()
+            self._end_unused()
 
-    async def _end_unused(self) -> None:
+    def _end_unused(self) -> None:
         if self._devices == 0:
-            await self._end()
+            self._end()
