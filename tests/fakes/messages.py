@@ -78,6 +78,10 @@ class BackendRequest(IntEnum):
     SHMEM_UNMAP = 10
 
 
+WITHDRAWN = 0x100
+"""Added to the number of a back end's request that is not to be carried out."""
+
+
 class Flags(IntFlag):
     """Header flags: the version field holds 1."""
 

@@ -10,10 +10,8 @@ from typing import ClassVar
 
 from tests.fakes.channel import Channel, ConnectionLost
 from tests.fakes.frontend import FrontEnd
-from tests.fakes.messages import BackendRequest
+from tests.fakes.messages import WITHDRAWN, BackendRequest
 from tests.takeover.kept import Kept
-
-WITHDRAWN = 0x100  # added to the number of a request that is not to be carried out
 
 
 class Answerer:
