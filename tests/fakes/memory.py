@@ -11,10 +11,14 @@ import errno
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import pytest
 
 from tests.fakes.messages import WireRegion
 
@@ -22,6 +26,8 @@ MIB = 1 << 20
 PAGE_SIZE = 4096
 FRONTEND_BASE = 0x7E00_0000_0000  # where this front end says it mapped the file
 BLOCK_SIZE = 512  # st_blocks counts these whatever the file system's block
+
+_RESERVE = Path("/proc/sys/vm/nr_hugepages")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
@@ -64,6 +70,22 @@ def open_hugetlb(size: int, name: str = "huge") -> int:
             raise OSError(errno.ENOMEM, "not enough huge pages") from error
         raise
     return fd
+
+
+@contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """Have so many pages of 2 MiB more set aside; skips the test where that can't be."""
+    before = int(_RESERVE.read_text())
+    try:
+        _RESERVE.write_text(str(before + count))
+    except OSError as error:
+        if before < count:
+            pytest.skip(f"no huge pages set aside, and {_RESERVE} says {error.strerror}")
+    try:
+        yield
+    finally:
+        if int(_RESERVE.read_text()) != before:
+            _RESERVE.write_text(str(before))
 
 
 def open_file(size: int, folder: str = "/dev/shm") -> int:

@@ -13,38 +13,27 @@ import pytest
 from vhostd._native import BalloonFlag, Handler, Log, RingPosition
 
 from tests.fakes.driver import Buffer
-from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory, Region, open_hugetlb
+from tests.fakes.memory import MIB, PAGE_SIZE, GuestMemory, Region, huge_pages, open_hugetlb
 from tests.native.rig import Guest, Host, pages_at, regions
 
 HUGE = 2 * MIB
 PARTS = HUGE // PAGE_SIZE
 SIZE = 4 * HUGE
-RESERVE = Path("/proc/sys/vm/nr_hugepages")
 DATA = 2 * HUGE
 
 
 @pytest.fixture
 def guest(host: Host) -> Iterator[Guest]:
     """A guest of four huge pages, all touched; rings lie in the first."""
-    before = int(RESERVE.read_text())
-    wanted = SIZE // HUGE
-    try:
-        RESERVE.write_text(str(before + wanted))
-    except OSError as error:
-        if before < wanted:
-            pytest.skip(f"no huge pages set aside, and {RESERVE} says {error.strerror}")
-    try:
+    with huge_pages(SIZE // HUGE):
         try:
             fd = open_hugetlb(SIZE)
         except OSError as error:
-            pytest.skip(f"no {wanted} huge pages: {error.strerror}")
+            pytest.skip(f"no {SIZE // HUGE} huge pages: {error.strerror}")
         memory = GuestMemory(fd, [Region(0, SIZE, 0)])
         with Guest.on(host, memory) as made:
             memory.touch(DATA, 2 * HUGE)
             yield made
-    finally:
-        if int(RESERVE.read_text()) != before:
-            RESERVE.write_text(str(before))
 
 
 def inflate_in_parts(guest: Guest, first: int, count: int) -> None:
