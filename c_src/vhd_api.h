@@ -242,6 +242,8 @@ int vhd_worker_parked(const vhd_worker *worker);
 void vhd_worker_unpark(vhd_worker *worker); /* [parked] */
 /* Rises with every round of the worker's loop; for a watchdog. [any] */
 uint64_t vhd_worker_rounds(const vhd_worker *worker);
+/* A number of the round it is in; 0 while it waits for events, is parked or syncs an image. */
+uint64_t vhd_worker_busy_round(const vhd_worker *worker);
 
 /* -- device ----------------------------------------------------------------------------------- */
 

@@ -21,10 +21,11 @@ struct vhd_worker {
     _Atomic bool stop;
     _Atomic bool park_wanted;
     _Atomic bool parked;
-    bool away;            /* under lock: it syncs, and is parked as soon as anybody wants it */
+    _Atomic bool away;    /* under lock: it syncs, and is parked as soon as anybody wants it */
     pthread_mutex_t lock; /* parking alone */
     pthread_cond_t unparked;
     _Atomic uint64_t rounds;
+    _Atomic bool asleep;                         /* it waits for events */
     _Atomic bool waiting;                        /* for the VMM; see interrupt.c */
     bool openings;                               /* rings wait to be opened */
     struct vhd_device *devices[VHD_DEVICES_MAX]; /* changed only while parked */
@@ -221,13 +222,15 @@ static void *run(void *argument)
             stay_parked(worker);
             continue;
         }
+        atomic_fetch_add_explicit(&worker->rounds, 1, memory_order_relaxed);
         open_rings(worker);
         left = serve_rings(worker);
         if (vhd_worker_wants_park(worker) || flush(worker))
             continue;
+        atomic_store_explicit(&worker->asleep, true, memory_order_relaxed);
         count = epoll_wait(worker->epoll_fd, events, EPOLL_EVENTS, left ? 0 : -1);
         assert(count >= 0 || errno == EINTR);
-        atomic_fetch_add_explicit(&worker->rounds, 1, memory_order_relaxed);
+        atomic_store_explicit(&worker->asleep, false, memory_order_relaxed);
         for (int i = 0; i < count; i++)
             take_event(worker, &events[i]);
     }
@@ -357,6 +360,15 @@ void vhd_worker_unpark(vhd_worker *worker)
 uint64_t vhd_worker_rounds(const vhd_worker *worker)
 {
     return atomic_load_explicit(&worker->rounds, memory_order_relaxed);
+}
+
+uint64_t vhd_worker_busy_round(const vhd_worker *worker)
+{
+    bool rests = atomic_load_explicit(&worker->asleep, memory_order_relaxed) ||
+                 atomic_load_explicit(&worker->away, memory_order_relaxed) ||
+                 atomic_load_explicit(&worker->parked, memory_order_relaxed);
+
+    return rests ? 0 : vhd_worker_rounds(worker) + 1;
 }
 
 int vhd_worker_add(struct vhd_worker *worker, struct vhd_device *device)

@@ -39,6 +39,9 @@ VMS_AT_ONCE: Final = 8
 
 MEND: Final = "mend the file (vhostd check-config FILE), then restart vhostd"
 
+LOOK_INTERVAL_S: Final = 5.0
+"""How often native threads are looked at; a look at one takes a microsecond."""
+
 
 class Daemon:
     """All VMs of one process (control.interface.Daemon).
@@ -109,11 +112,21 @@ class Daemon:
         # Those whose guests wait come first. All at once would keep the event loop for seconds.
         in_order = sorted(self._vms.values(), key=lambda vm: vm.name not in self._taken_over)
         async with trio.open_nursery() as nursery:
-            for number, vm in enumerate(in_order):
-                nursery.start_soon(self._run_vm, vm)
-                if number % VMS_AT_ONCE == VMS_AT_ONCE - 1:
-                    await trio.lowlevel.checkpoint()
+            async with trio.open_nursery() as vms:
+                nursery.start_soon(self._look_at_workers)
+                for number, vm in enumerate(in_order):
+                    vms.start_soon(self._run_vm, vm)
+                    if number % VMS_AT_ONCE == VMS_AT_ONCE - 1:
+                        await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
         scope.cancel()
+
+    async def _look_at_workers(self) -> None:
+        """One slow beat for all: nothing tells of a thread that does not come back."""
+        while True:
+            await trio.sleep(LOOK_INTERVAL_S)
+            for vm in self._vms.values():
+                vm.look_at_workers()
 
     async def _run_vm(self, vm: SupervisedVm) -> None:
         await vm.run()

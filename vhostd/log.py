@@ -65,6 +65,8 @@ class LogEvent(StrEnum):
     TAKEN_OVER = "vm_taken_over"
     STATE_SET_ASIDE = "state_set_aside"
     VM_PAUSED = "vm_paused"
+    WORKER_STUCK = "worker_stuck"
+    WORKER_BACK = "worker_back"
     LINES_SUPPRESSED = "lines_suppressed"
 
 

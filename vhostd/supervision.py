@@ -189,6 +189,11 @@ class SupervisedVm:
         for source in sources:
             source.close()
 
+    def look_at_workers(self) -> None:
+        """Tell of native threads that do not come back."""
+        if self._vm is not None:
+            self._vm.workers.look(trio.current_time())
+
     # -- what the control API sees -------------------------------------------------------------
 
     @property

@@ -135,6 +135,7 @@ class BalloonVm:
             "usable_goal": self.goal,
             "qmp": False,
             "discards": {"allowed": True, "finding": "unchecked", "why": None},
+            "stuck": None,
             "unshared": None,
             "not_kept": None,
             "kept": True,

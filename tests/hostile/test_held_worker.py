@@ -5,16 +5,18 @@ The worker waits in write(2) then. A shim makes each attempt hit: see fakes/poll
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import trio
 
-from tests.daemon import VhostdProcess
+from tests.daemon import PROGRAMS, VhostdProcess
 from tests.fakes import preload
 from tests.fakes.balloon import BalloonDriver, BalloonQueue, pack_pfns
 from tests.fakes.frontend import FrontEnd
@@ -28,6 +30,8 @@ stats_interval_s = 0
 stats_interval_s = 0
 """
 IN_TIME_S = 5.0
+TOLD_TIMEOUT_S = 20.0  # after 5 s, at one of two looks with 5 s between
+TEXT = "thread a has not come back for"
 FULL = 2**64 - 2
 WRITE = {"1", "64"}  # x86-64, arm64
 
@@ -70,6 +74,47 @@ async def held(
             pid = daemon.worker if arguments else daemon.process.pid
             await trio.to_thread.run_sync(hold_worker, pid, vm)
             yield daemon, vm, other
+
+
+async def doctor(daemon: VhostdProcess) -> list[dict[str, str]]:
+    """What it found; it exits with 1 where something is wrong."""
+    command = [str(PROGRAMS / "vhostctl"), "--socket", str(daemon.control_path), "--json", "doctor"]
+    done = await trio.run_process(command, capture_stdout=True, check=False)
+    rows: list[dict[str, str]] = json.loads(done.stdout)
+    return rows
+
+
+async def metrics(daemon: VhostdProcess) -> list[str]:
+    transport = httpx.AsyncHTTPTransport(uds=str(daemon.control_path))
+    async with httpx.AsyncClient(transport=transport, base_url="http://vhostd") as client:
+        return (await client.get("/metrics")).text.splitlines()
+
+
+async def until_stuck(daemon: VhostdProcess, stuck: bool) -> None:
+    """Wait until status says of VM a that a thread does not come back, or that none does so."""
+    with trio.fail_after(TOLD_TIMEOUT_S):
+        while ((await daemon.status("a"))["stuck"] is not None) is not stuck:  # noqa: ASYNC110
+            await trio.sleep(0.1)
+
+
+async def test_it_is_told(tmp_path: Path, shim: dict[str, str]) -> None:
+    async with held(tmp_path, shim) as (daemon, vm, other):
+        assert (await daemon.status("a"))["stuck"] is None
+        await until_stuck(daemon, stuck=True)
+        assert await trio.to_thread.run_sync(other.get_features)
+        assert TEXT in " ".join((await daemon.ctl("status", "a")).split())
+        (row,) = [row for row in await doctor(daemon) if TEXT in row["found"]]
+        assert row["name"] == "a"
+        assert row["verdict"] == "failed"
+        assert "end its VMM" in row["remedy"]
+        told = await metrics(daemon)
+        assert 'vhostd_vm_stuck{vm="a"} 1.0' in told
+        assert 'vhostd_vm_stuck{vm="b"} 0.0' in told
+        os.eventfd_read(vm.queues[BalloonQueue.INFLATE].call_fd)
+        await until_stuck(daemon, stuck=False)
+        lines = [json.loads(line) for line in daemon.log().splitlines()]
+        events = [line["event"] for line in lines if "worker" in line]
+        assert events == ["worker_stuck", "worker_back"]
 
 
 async def test_a_daemon_ends_when_it_is_asked_to(tmp_path: Path, shim: dict[str, str]) -> None:

@@ -44,6 +44,12 @@ class Worker:
         rounds: int = lib.vhd_worker_rounds(self.handle)
         return rounds
 
+    @property
+    def busy_round(self) -> int:
+        """A number of the round it is in; 0 while it waits for events, is parked or syncs."""
+        number: int = lib.vhd_worker_busy_round(self.handle)
+        return number
+
     def close(self) -> None:
         """End it and wait for that, one discard at most; no device may be attached."""
         handle, self.handle = self.handle, ffi.NULL

@@ -6,7 +6,8 @@ not know messages or what a device does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
@@ -23,6 +24,7 @@ from vhostd.backend.storage import Storage
 from vhostd.backend.surroundings import Surroundings, unsupervised
 from vhostd.backend.vm_status import describe, overall_state, unshared
 from vhostd.backend.worker import VmWorker
+from vhostd.backend.worker_watch import WorkerWatch
 from vhostd.config import VmConfig
 from vhostd.devices.balloon import Balloon
 from vhostd.devices.base import Device, Effects, Event, GuestRange, Refused
@@ -79,7 +81,7 @@ class Vm:
         self._registry = registry
         keeping = self._keeping = VmKeeping.none() if keeping is None else keeping
         self.config = config
-        self._journal = journal
+        self._journal, self.workers = journal, WorkerWatch(journal)
         self.mems = {mem.id: mem_of(mem) for mem in config.mems}
         self.pmems = {pmem.id: pmem_of(pmem) for pmem in config.pmems}
         self.balloon = None if config.balloon is None else balloon_of(config.balloon, self._windows)
@@ -164,7 +166,7 @@ class Vm:
             self._registry.settle(self.name)
 
     async def _serve(self, left: VmLeft | None) -> None:
-        async with VmWorker.open(self.name, self._pause) as worker, trio.open_nursery() as nursery:
+        async with self._open_worker(self.name) as worker, trio.open_nursery() as nursery:
             if self.machine.monitor is not None:
                 nursery.start_soon(self.machine.monitor.run)
             if self._keeping.lasting is not None:
@@ -192,8 +194,14 @@ class Vm:
 
     async def _run_apart(self, seat: DeviceSeat) -> None:
         """A device whose worker waits for a disk shares it with no other."""
-        async with VmWorker.open(f"{self.name}:{seat.name}", self._pause) as worker:
+        async with self._open_worker(f"{self.name}:{seat.name}") as worker:
             await seat.run(worker)
+
+    @asynccontextmanager
+    async def _open_worker(self, name: str) -> AsyncIterator[VmWorker]:
+        async with VmWorker.open(name, self._pause) as worker:
+            with self.workers.watched(worker):
+                yield worker
 
     # -- what an operator wants ----------------------------------------------------------------
 
@@ -345,6 +353,7 @@ class Vm:
             "usable_goal": self._pursuit.size,
             "qmp": self.machine.monitor is not None and self.machine.monitor.connected,
             "discards": self.machine.status(),
+            "stuck": self.workers.stuck,
             "unshared": unshared(self._seats, self.machine.unshared),
             "not_kept": (not_kept := self._keeping.store.not_kept(self.name)),
             "kept": not_kept is None,

@@ -41,6 +41,7 @@ class VmWorker:
         self._clients: dict[Device, OnEvents] = {}
         self._changing = trio.Lock()
         self._devices = 0
+        self._seen_round, self._seen_s = 0, 0.0
 
     @classmethod
     @asynccontextmanager
@@ -110,6 +111,16 @@ class VmWorker:
             if native.parked:
                 self._has_parked.set()
             await trio.sleep(DEAF_INTERVAL_S)
+
+    def busy_since_s(self, now_s: float) -> float | None:
+        """Since which look it has been in one round of its loop; None: it waits for work.
+
+        now_s: of any clock that goes on.
+        """
+        number = 0 if self._native is None else self._native.busy_round
+        if number != self._seen_round:
+            self._seen_round, self._seen_s = number, now_s
+        return None if number == 0 else self._seen_s
 
     @asynccontextmanager
     async def parked(self) -> AsyncIterator[None]:

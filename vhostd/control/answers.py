@@ -187,9 +187,10 @@ class VmStatus(msgspec.Struct):
     `usable` is RAM the guest may use, by its own word about the balloon; `usable_goal` what
     `memory set` asked for. Refused are what a VMM or guest sent and was not done; config_changes
     are messages to the VMM, reads and writes those of the guest that the worker answered.
-    `unshared` is what speaks for guest memory that the VMM does not share with us. `paused` is why
-    it is not served, null where it is; `paused_remedy` what to do about it. `kept`: a successor
-    will have it; `not_kept`: why not.
+    `stuck`: which of its native threads does not come back, so that its devices stand still; null:
+    none. `unshared` is what speaks for guest memory that the VMM does not share
+    with us. `paused` is why it is not served, null where it is; `paused_remedy` what to do about
+    it. `kept`: a successor will have it; `not_kept`: why not.
     """
 
     vm: str
@@ -208,6 +209,7 @@ class VmStatus(msgspec.Struct):
     usable_goal: int | None = None
     qmp: bool = False
     discards: DiscardsStatus | None = None  # left out where nobody serves the VM
+    stuck: str | None = None
     unshared: str | None = None
     not_kept: str | None = None
     kept: bool = True

@@ -153,6 +153,11 @@ _NEW_CHANNEL: Final = (
 )
 
 
+_END_VMM: Final = (
+    "end its VMM; where the next one is not served then, restart vhostd: other guests do not notice"
+)
+
+
 def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     name = status["vm"]
     if paused := status.get("paused"):
@@ -161,6 +166,8 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
         yield Check(
             name, WARNING, not_kept, "until then its guest loses its devices when vhostd ends"
         )
+    if stuck := status.get("stuck"):
+        yield Check(name, FAILED, stuck, _END_VMM)
     unshared = status.get("unshared")
     if unshared:
         yield Check(f"{name} memory", FAILED, unshared, _SHARE)

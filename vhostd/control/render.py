@@ -97,6 +97,8 @@ def show_vm(vm: Object) -> None:
     if paused := vm.get("paused"):
         rows.append(("paused", Text(paused, "bold red")))
         rows.append(("what to do", Text(vm.get("paused_remedy") or "")))
+    if stuck := vm.get("stuck"):
+        rows.append(("stuck", Text(stuck, "bold red")))
     if unshared := vm.get("unshared"):
         rows.append(("unshared memory", Text(unshared, "bold red")))
     if discards := vm.get("discards"):

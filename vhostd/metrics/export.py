@@ -25,7 +25,12 @@ from vhostd.metrics.catalog import PER_MEM, PER_PMEM, PER_QUEUE, PER_VM, STATES,
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
-PAUSED_HELP: Final = "1: the VM is not served; its status says why."
+REASONS: Final = {
+    "paused": "1: the VM is not served; its status says why.",
+    "stuck": "1: a native thread of the VM does not come back; its status says which.",
+}
+"""What status gives a reason for, or null."""
+
 QUARANTINED_HELP: Final = "Queues not served because their ring is broken, until they restart."
 
 Status: TypeAlias = Mapping[str, Any]
@@ -54,10 +59,11 @@ class _Snapshot(Collector):
             for state in STATES:
                 states.add_metric((status["vm"], state), float(status["state"] == state))
         yield states
-        paused = GaugeMetricFamily("vhostd_vm_paused", PAUSED_HELP, labels=("vm",))
-        for status in self._statuses:
-            paused.add_metric((status["vm"],), float(status.get("paused") is not None))
-        yield paused
+        for key, text in REASONS.items():
+            given = GaugeMetricFamily(f"vhostd_vm_{key}", text, labels=("vm",))
+            for status in self._statuses:
+                given.add_metric((status["vm"],), float(status.get(key) is not None))
+            yield given
         faults = GaugeMetricFamily("vhostd_vm_quarantined_queues", QUARANTINED_HELP, labels=("vm",))
         for status in self._statuses:
             faults.add_metric((status["vm"],), float(len(status.get("faults", ()))))
