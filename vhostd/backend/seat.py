@@ -203,5 +203,12 @@ class DeviceSeat:
         if self.connection is not None:
             self.connection.commit()
             return
-        shared = self._shared
-        shared.keeping.commit(self.name, self.device, None, None, shared.next_event())
+        shared, left = self._shared, self._left
+        if left is None:
+            shared.keeping.commit(self.name, self.device, None, None, shared.next_event())
+            return
+        # Not taken over yet: who dies now leaves to the next what was left to us.
+        record = left.record
+        shared.keeping.commit(
+            self.name, self.device, left.session, record.owed, shared.next_event(), record.outside
+        )
