@@ -129,10 +129,11 @@ class ActionPerformer:
         self._effects.perform(self._device.on_memory(self._memory.slots))
         if self._storage is not None:
             self._effects.perform(self._storage.on_memory())
+        # What the driver was to be told may have been lost; once more does no harm. Of one that
+        # stands still too: it goes on after the next start, and reads nothing anew.
+        self._requests.want_config_change()
         if state.device_started:
             await self._device_started(actions.DeviceStarted())
-            # What the driver was to be told may have been lost; once more does no harm.
-            self._requests.want_config_change()
 
     def _resume_rings(self, state: SessionState, left: Left) -> None:
         for index, ring in enumerate(state.rings):
