@@ -32,7 +32,7 @@ from tests.fakes.messages import WireRegion
 
 SIZE = 64 * MiB
 WINDOW_ADDRESS = 9 * GiB
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 FLUSHED, FAILED = 0, 0xFFFF_FFFF
 SETUP = Setup(packed=True, queue_count=1)
 
