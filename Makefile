@@ -42,15 +42,18 @@ demo: $(VENV)/stamp
 stack: $(VENV)/stamp
 	@$(RUN) -m tests.vm.stack --kernels 6.1,6.12,7
 
-# Two at a time, on the two cores that there are at least. What is measured is measured against
-# something in the same run, so that a busy neighbour changes nothing.
+# Two at a time; what measures times runs alone. No test depends on one before it in the same
+# worker, so that the worker that is done first takes work from the other.
+TWO := -n 2 --dist worksteal
+
 test: $(VENV)/stamp stack
-	$(RUN) -m pytest -m "not guest and not long" -n 2 $(PYTEST_FLAGS)
-	$(RUN) -m pytest -m "guest and not long" -n 2 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not guest and not long and not alone" $(TWO) $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "alone and not guest and not long" $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "guest and not long" $(TWO) $(PYTEST_FLAGS)
 
 # Whole where the tests of every day take a sample: the same tests with long arguments, and
 # those that are only run here.
-LONG_FLAGS := --repeats=10000 --every-place --rounds=1000 --kills=50 --takeovers=50 --timeout=7200
+LONG_FLAGS := --hypothesis-profile=long --repeats=10000 --every-place --rounds=1000 --kills=50 --takeovers=50 --timeout=7200
 
 test-long: $(VENV)/stamp stack
 	$(RUN) -m pytest -m "not guest" $(LONG_FLAGS) $(PYTEST_FLAGS)
@@ -58,10 +61,11 @@ test-long: $(VENV)/stamp stack
 
 # The everyday loop: no process but pytest's own, or few and short ones.
 unit: $(VENV)/stamp
-	$(RUN) -m pytest -q -n 2 -m "not long" $(UNIT_TESTS) $(PYTEST_FLAGS)
+	$(RUN) -m pytest -q $(TWO) -m "not long" $(UNIT_TESTS) $(PYTEST_FLAGS)
 
 host: $(VENV)/stamp
-	$(RUN) -m pytest -m "not guest and not long" -n 2 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not guest and not long and not alone" $(TWO) $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "alone and not guest and not long" $(PYTEST_FLAGS)
 
 lint: $(VENV)/stamp
 	$(RUN) -m ruff check .

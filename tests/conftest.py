@@ -9,6 +9,7 @@ from hypothesis import settings
 
 # A busy machine is no fault of the code, so no test has a time limit per example.
 settings.register_profile("vhostd", deadline=None)
+settings.register_profile("long", deadline=None, max_examples=1000)  # `make test-long` takes it
 settings.load_profile("vhostd")
 
 # A shell that starts us in the background has SIGINT ignored, and that is inherited: programs under

@@ -304,7 +304,7 @@ class PreallocAgainstModel(MemAgainstModel):
 
 
 COURSE = settings(
-    max_examples=120,
+    max_examples=settings().max_examples * 2 // 5,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -9,6 +9,7 @@ from vhostd.units import MiB
 
 from tests.e2e.conftest import KERNELS, VM, Serve, Served
 from tests.e2e.waiting import until
+from tests.sampling import sampled
 
 PAGE_SIZE = 4096
 INFLATED_SIZE = 512 * MiB
@@ -48,8 +49,10 @@ async def test_memory_leaves_the_guest_and_the_host_gets_it(kernel: str, serve: 
         await guest.run("guesttool touch 700", timeout_s=60)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "options"), [*((kernel, "") for kernel in KERNELS), ("6.12", "packed = false")]
+@sampled(
+    ("kernel", "options"),
+    [*((kernel, "") for kernel in KERNELS), ("6.12", "packed = false")],
+    every_day=[("7", ""), ("6.12", "packed = false")],
 )
 async def test_no_wrong_byte_over_20_cycles(kernel: str, options: str, serve: Serve) -> None:
     """A process rewrites and verifies memory all the while the balloon takes and gives."""
@@ -64,7 +67,7 @@ async def test_no_wrong_byte_over_20_cycles(kernel: str, options: str, serve: Se
         await patterned.wait()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@sampled("kernel", KERNELS, every_day=["6.12"])
 async def test_what_a_process_frees_comes_back_by_itself(kernel: str, serve: Serve) -> None:
     async with serve(kernel) as served:
         guest = served.guest
@@ -83,7 +86,7 @@ async def test_what_a_process_frees_comes_back_by_itself(kernel: str, serve: Ser
         assert (await served.balloon())["reported"] >= wanted
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@sampled("kernel", KERNELS, every_day=["7"])
 async def test_statistics_are_the_guest_s_own(kernel: str, serve: Serve) -> None:
     async with serve(kernel, options="stats_interval_s = 1") as served:
         meminfo = await served.guest.meminfo()
@@ -128,7 +131,7 @@ async def test_a_reboot_empties_the_balloon_and_the_target_is_reached_again(serv
         assert counters["balloon_inflate"] * PAGE_SIZE == 128 * MiB
 
 
-@pytest.mark.parametrize("packed", ["true", "false"])
+@sampled("packed", ["true", "false"], every_day=["true"])
 async def test_stop_and_cont_keep_the_balloon(packed: str, serve: Serve) -> None:
     async with serve(options=f"packed = {packed}") as served:
         await reach(served, 128 * MiB)

@@ -9,6 +9,7 @@ from vhostd.units import MiB
 
 from tests.e2e.conftest import KERNELS, VM, Serve, Served
 from tests.e2e.waiting import until
+from tests.sampling import sampled
 
 pytestmark = pytest.mark.guest
 
@@ -34,7 +35,7 @@ async def features(served: Served) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@sampled("kernel", KERNELS, every_day=["7"])
 async def test_a_hinting_round_lists_free_memory_and_gives_it_back(
     kernel: str, serve: Serve
 ) -> None:
@@ -65,7 +66,7 @@ async def test_reporting_works_where_hinting_leaves_a_gap_in_the_queues(serve: S
         await frees_and_is_reported(served, 300 * MiB)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@sampled("kernel", KERNELS, every_day=["6.1"])
 async def test_a_guest_that_clears_freed_pages_reports_too(kernel: str, serve: Serve) -> None:
     """init_on_free makes Linux poison with 0; without PAGE_POISON it would not report at all."""
     async with serve(kernel, append="init_on_free=1") as served:

@@ -17,6 +17,7 @@ from tests.e2e.conftest import (
     memory_device,
 )
 from tests.e2e.waiting import until
+from tests.sampling import sampled
 
 pytestmark = pytest.mark.guest
 
@@ -88,8 +89,10 @@ async def test_two_devices_land_in_their_nodes(serve_memory: ServeMemory) -> Non
         assert abs(int(node_total.split()[-2]) * 1024 - 512 * MiB) <= 16 * MiB
 
 
-@pytest.mark.parametrize(
-    ("kernel", "options"), [*((kernel, "") for kernel in KERNELS), ("6.12", "packed = false")]
+@sampled(
+    ("kernel", "options"),
+    [*((kernel, "") for kernel in KERNELS), ("6.12", "packed = false")],
+    every_day=[("6.1", ""), ("6.12", "packed = false")],
 )
 async def test_no_wrong_byte_over_50_resizes(
     kernel: str, options: str, serve_memory: ServeMemory

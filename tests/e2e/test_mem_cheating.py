@@ -17,6 +17,7 @@ from tests.e2e.conftest import (
     memory_device,
 )
 from tests.e2e.waiting import until
+from tests.sampling import sampled
 
 pytestmark = pytest.mark.guest
 
@@ -50,7 +51,7 @@ async def violation_event(served: ServedMemory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@sampled("kernel", KERNELS, every_day=["6.12"])
 async def test_memory_in_unplugged_blocks_is_reported(
     kernel: str, serve_memory: ServeMemory
 ) -> None:

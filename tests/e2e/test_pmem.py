@@ -15,6 +15,7 @@ from vhostd.units import KiB, MiB
 from tests.daemon import ControlFailed
 from tests.e2e.conftest import DISK_SIZE, VM, ServedDisk, ServeDisk, disk_device
 from tests.e2e.waiting import until
+from tests.sampling import sampled
 from tests.vm.stack import Stack
 
 pytestmark = pytest.mark.guest
@@ -63,7 +64,7 @@ async def disk_size(served: ServedDisk) -> int:
     return int(await served.guest.run("cat /sys/block/pmem0/size")) * SECTOR_SIZE
 
 
-@pytest.mark.parametrize(("kernel", "mode"), WAYS)
+@sampled(("kernel", "mode"), WAYS, every_day=[("6.1", "window"), ("7", "shmem")])
 async def test_a_file_system_lives_through_reboots_and_reaches_the_image(
     kernel: str, mode: str, serve_disk: ServeDisk, stack: Stack, image: Path
 ) -> None:

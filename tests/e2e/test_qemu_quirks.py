@@ -28,6 +28,7 @@ from tests.fakes.messages import (
     header,
     unpack_u64,
 )
+from tests.sampling import sampled
 from tests.vm.guest import Guest, GuestBootError, GuestCommandError, balloon_device, boot
 from tests.vm.stack import Stack
 
@@ -39,6 +40,7 @@ QUEUE_COUNT = 5
 QUEUE_SIZE = 128
 RINGS_IN_USE = (0, 1)  # inflate and deflate: the driver sets up no more without their features
 WAYS_TO_STOP = ("stop", "system_reset", "rmmod")
+SHMEM_REQUESTS = (BackendRequest.SHMEM_MAP, BackendRequest.SHMEM_UNMAP)
 SHMEM = PROTOCOL_FEATURES | ProtocolFeature.SHMEM_MAP
 
 Pair: TypeAlias = tuple[BackEnd, Guest]
@@ -245,7 +247,7 @@ async def test_a_config_change_before_the_driver_started_kills_qemu(start: Start
         assert await death_of(guest) == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize("way", WAYS_TO_STOP)
+@sampled("way", WAYS_TO_STOP, every_day=["stop"])
 async def test_a_config_change_after_the_device_stopped_kills_qemu(way: str, start: Start) -> None:
     async with start() as (back, guest):
         await stop_device(guest, way)
@@ -254,7 +256,7 @@ async def test_a_config_change_after_the_device_stopped_kills_qemu(way: str, sta
         assert await death_of(guest) == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize("way", WAYS_TO_STOP)
+@sampled("way", WAYS_TO_STOP, every_day=["system_reset"])
 async def test_a_config_change_unread_when_the_device_stops_kills_qemu(
     way: str, start: Start
 ) -> None:
@@ -277,7 +279,7 @@ async def test_closing_the_channel_takes_back_no_unread_config_change(start: Sta
         assert await death_of(guest) == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize("request_number", [BackendRequest.SHMEM_MAP, BackendRequest.SHMEM_UNMAP])
+@sampled("request_number", SHMEM_REQUESTS, every_day=[BackendRequest.SHMEM_MAP])
 async def test_a_shared_memory_request_before_the_driver_started_kills_qemu(
     request_number: BackendRequest, start: Start
 ) -> None:
@@ -327,7 +329,7 @@ async def read_by_qemu(back: BackEnd) -> None:
     await until(unread, lambda left: not left, 10, "all read by QEMU")
 
 
-@pytest.mark.parametrize("way", ["stop", "rmmod"])
+@sampled("way", ["stop", "rmmod"], every_day=["stop"])
 async def test_between_header_and_payload_of_a_config_change_qemu_stops_no_device(
     way: str, start: Start
 ) -> None:
@@ -351,7 +353,7 @@ async def test_between_header_and_payload_of_a_config_change_qemu_stops_no_devic
         assert await answers(guest)
 
 
-@pytest.mark.parametrize("way", WAYS_TO_STOP)
+@sampled("way", WAYS_TO_STOP, every_day=["rmmod"])
 async def test_a_request_of_which_qemu_read_one_byte_can_become_an_unknown_one(
     way: str, start: Start
 ) -> None:
@@ -384,7 +386,7 @@ async def test_a_request_of_which_qemu_read_one_byte_can_become_an_unknown_one(
         assert await answers(guest)
 
 
-@pytest.mark.parametrize("request_number", [0, 4, 99])
+@sampled("request_number", [0, 4, 99], every_day=[99])
 async def test_an_unknown_request_unread_when_the_device_stops_is_only_refused(
     request_number: int, start: Start
 ) -> None:

@@ -129,7 +129,10 @@ async def test_targets_set_while_the_vm_is_stopped_wait_for_it(serve: Serve) -> 
         await reach_final(served)
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["bare", "kept"])
+@pytest.mark.parametrize(
+    "keep",
+    [pytest.param(False, marks=pytest.mark.long, id="bare"), pytest.param(True, id="kept")],
+)
 async def test_targets_set_through_a_hundred_stops_do_not_kill_qemu(
     serve: Serve, keep: bool
 ) -> None:

@@ -20,6 +20,7 @@ from vhostd.units import GiB, MiB, TiB
 from tests.daemon import VhostdProcess
 from tests.e2e.conftest import VM
 from tests.e2e.waiting import until
+from tests.sampling import sampled
 from tests.vm.bare import BUSES, Bare, QemuEnded, bare, bus_of, chardev, device, topology
 from tests.vm.stack import Stack
 
@@ -148,7 +149,7 @@ async def test_qemu_lives_with_each_device_plugged(kind: str, stack: Stack, tmp_
             assert await qemu.lives(), id
 
 
-@pytest.mark.parametrize("size", [384 * MiB, 3 * GiB, 9 * GiB])
+@sampled("size", [384 * MiB, 3 * GiB, 9 * GiB], every_day=[384 * MiB])
 async def test_a_size_that_would_end_qemu_is_refused_before_it_asks(
     size: int, stack: Stack, tmp_path: Path
 ) -> None:
@@ -169,7 +170,7 @@ async def test_a_size_that_would_end_qemu_is_refused_before_it_asks(
         assert "is no power of two" in pmem["refused"]
 
 
-@pytest.mark.parametrize("size", [2 * MiB, GiB, 8 * TiB])
+@sampled("size", [2 * MiB, GiB, 8 * TiB], every_day=[8 * TiB])
 async def test_a_power_of_two_of_any_size_is_borne(size: int, stack: Stack, tmp_path: Path) -> None:
     async with served(tmp_path, size) as (_, options):
         disk = Options([], {"shmem0": options.devices["shmem0"]}, options.sockets)

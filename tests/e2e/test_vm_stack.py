@@ -10,6 +10,7 @@ import pytest
 import trio
 from vhostd.qmp import QmpError, open_qmp
 
+from tests.sampling import sampled
 from tests.vm.guest import (
     GuestBootError,
     GuestCommandError,
@@ -27,7 +28,7 @@ BUILT_IN_BALLOON = ("-device", "virtio-balloon-pci,id=balloon0")
 MIB = 1024 * 1024
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@sampled("kernel", KERNELS, every_day=["6.12"])
 async def test_every_kernel_inflates_qemus_own_balloon(stack: Stack, kernel: str) -> None:
     async with boot(stack, kernel, memory="512M", devices=BUILT_IN_BALLOON) as guest:
         assert (await guest.run("uname -r")).strip() == stack.kernel(kernel).release

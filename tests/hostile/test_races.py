@@ -23,6 +23,8 @@ from tests.hostile.attack import DEADLINE_S, accepted, check_quarantined, closin
 from tests.hostile.attacks_framing import SPARE
 from tests.hostile.oracle import Oracle
 
+pytestmark = pytest.mark.alone
+
 HAMMER_TIME_S = 2.0
 STORM_TIME_S = 1.0
 REPLY_TIME_MAX_S = 0.5  # under the storm, on a busy test machine; the promise is 50 ms

@@ -121,6 +121,7 @@ def test_a_service_starts_with_all_signals_as_they_are_by_default(folder: Path) 
         assert found == [("SigBlk:", 0), ("SigIgn:", 0)]
 
 
+@pytest.mark.alone
 def test_quick_deaths_are_spread_out_and_the_first_is_not(folder: Path) -> None:
     with keeping(folder, quick_death_s=60) as keeper:
         deaths_s = []

@@ -291,7 +291,7 @@ class FrontEnds(RuleBasedStateMachine):
 
 TestFrontEnds = FrontEnds.TestCase
 TestFrontEnds.settings = settings(
-    max_examples=120,
+    max_examples=settings().max_examples * 2 // 5,
     stateful_step_count=40,
     suppress_health_check=list(HealthCheck),
 )
