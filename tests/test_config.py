@@ -79,6 +79,7 @@ def test_the_contracts_example_is_read_as_written(file: Path) -> None:
     assert load(file) == Config(
         runtime_dir=Path("/run/vhostd"),
         state_dir=Path("/var/lib/vhostd"),
+        state_dir_named=True,
         log_format="json",
         metrics=MetricsConfig("127.0.0.1", 9713),
         vms={

@@ -82,12 +82,14 @@ class Config:
         log_format: None: console on a terminal, json elsewhere.
         refusals: a line for each device that no VMM that connects is given. A VMM that has it
             from an earlier release keeps it, so this is no reason not to serve the others.
+        state_dir_named: somebody chose state_dir, and not the default counts.
         mistakes: a line for each mistake in what is no single VM's; the default counts instead.
         wrong: VMs that can't be served as they are described, and their mistakes, one line each.
     """
 
     runtime_dir: Path = DEFAULT_RUNTIME_DIR
     state_dir: Path = DEFAULT_STATE_DIR
+    state_dir_named: bool = False
     log_format: LogFormat | None = None
     metrics: MetricsConfig | None = None
     vms: Mapping[str, VmConfig] = field(default_factory=dict)
@@ -171,6 +173,7 @@ def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Conf
     ):
         written = daemon.absolute_path(key) or default
         directories[key] = written if override is None else Path.cwd() / override
+    state_dir_named = state_dir is not None or "state_dir" in daemon
     longest = directories["runtime_dir"] / CONTROL_READ_ONLY_SOCKET
     if len(os.fsencode(longest)) > SOCKET_PATH_MAX:
         daemon.mistake(
@@ -195,6 +198,7 @@ def _read(root: Table, runtime_dir: Path | None, state_dir: Path | None) -> Conf
     return Config(
         runtime_dir=directories["runtime_dir"],
         state_dir=directories["state_dir"],
+        state_dir_named=state_dir_named,
         log_format=None if log_format is None else ("json" if log_format == "json" else "console"),
         metrics=metrics,
         vms={name: vm for name, vm in vms.items() if name not in wrong},

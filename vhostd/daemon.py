@@ -15,7 +15,7 @@ import trio
 
 from vhostd import __version__, systemd, takeover
 from vhostd.backend.journal import Journal
-from vhostd.config import DEFAULT_STATE_DIR, MetricsConfig, VmConfig
+from vhostd.config import MetricsConfig, VmConfig
 from vhostd.control.events import EventStream
 from vhostd.errors import HostError, VhostdError
 from vhostd.fds import OwnedFd
@@ -256,7 +256,7 @@ def run(served: ServedConfig, passed: Mapping[str, list[OwnedFd]]) -> None:
     _tell_mistakes(served)
     if not passed:
         load_control()  # who finds a device's socket finds the control socket, too
-    state_dir = StateDir.open(config.state_dir, make=config.state_dir != DEFAULT_STATE_DIR)
+    state_dir = StateDir.open(config.state_dir, make=config.state_dir_named)
     legacy = takeover.inherit(list(config.vms.values()), state_dir, passed, config.wrong)
     with kept_config.pack(served.text) as text:
         legacy.store.keep_config(text.fileno())

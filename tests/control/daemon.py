@@ -138,6 +138,7 @@ class BalloonVm:
             "stuck": None,
             "unshared": None,
             "not_kept": None,
+            "not_lasting": None,
             "kept": True,
             "paused": None,
             "paused_remedy": None,

@@ -112,8 +112,11 @@ def test_another_users_file_is_set_aside(written: Path) -> None:
 
 
 def test_without_a_directory_nothing_lasts(tmp_path: Path) -> None:
-    """The default one is made by whoever installs us, and not by a trial run."""
-    state = StateDir.open(tmp_path / "none", make=False)
+    """The default one is made by whoever installs us, and not by a trial run. It is told."""
+    with structlog.testing.capture_logs() as logs:
+        state = StateDir.open(tmp_path / "none", make=False)
+    assert [line["consequence"] for line in logs] == ["sizes that are set do not outlive the host"]
+    assert "No such file or directory" in str(state.why_not)
     state.write(VM, DEVICES)
     assert state.read(VM) == {}
     assert not (tmp_path / "none").exists()

@@ -14,11 +14,16 @@ from vhostd.log import LogEvent, get_logger
 
 
 class Lasting:
-    """One VM's entries, by device."""
+    """One VM's entries, by device.
+
+    Attributes:
+        why_not: why what is set does not outlive the host; None: it does.
+    """
 
     def __init__(self, directory: StateDir, vm_name: str) -> None:
         """Read what there is; blocks as long as the disk likes."""
         self._directory = directory
+        self.why_not = directory.why_not
         self._vm_name = vm_name
         self._entries = directory.read(vm_name)
         self._changed = trio.Event()
@@ -53,7 +58,9 @@ class Lasting:
     def _write(self, entries: dict[str, JsonObject]) -> None:
         try:
             self._directory.write(self._vm_name, entries)
+            self.why_not = self._directory.why_not
         except HostError as error:
+            self.why_not = str(error)
             get_logger(vm=self._vm_name).error(
                 LogEvent.HOST_ERROR,
                 error=str(error),

@@ -357,6 +357,7 @@ class Vm:
             "unshared": unshared(self._seats, self.machine.unshared),
             "not_kept": (not_kept := self._keeping.store.not_kept(self.name)),
             "kept": not_kept is None,
+            "not_lasting": None if (lasting := self._keeping.lasting) is None else lasting.why_not,
             "paused": None,
             "paused_remedy": None,
         }

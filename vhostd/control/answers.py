@@ -191,6 +191,7 @@ class VmStatus(msgspec.Struct):
     none. `unshared` is what speaks for guest memory that the VMM does not share
     with us. `paused` is why it is not served, null where it is; `paused_remedy` what to do about
     it. `kept`: a successor will have it; `not_kept`: why not.
+    `not_lasting`: why what is set does not outlive the host; None: it does.
     """
 
     vm: str
@@ -212,6 +213,7 @@ class VmStatus(msgspec.Struct):
     stuck: str | None = None
     unshared: str | None = None
     not_kept: str | None = None
+    not_lasting: str | None = None
     kept: bool = True
     paused: str | None = None
     paused_remedy: str | None = None

@@ -171,6 +171,13 @@ def _vm_checks(status: Mapping[str, Any]) -> Iterator[Check]:
     unshared = status.get("unshared")
     if unshared:
         yield Check(f"{name} memory", FAILED, unshared, _SHARE)
+    if not_lasting := status.get("not_lasting"):
+        yield Check(
+            name,
+            WARNING,
+            f"sizes that are set do not outlive the host: {not_lasting}",
+            "make room or the directory, then set them once more",
+        )
     for queue, fault in status["faults"].items():
         if fault == "address" and unshared:
             continue

@@ -47,25 +47,32 @@ class _NotToBeTrusted(Exception):
 
 
 class StateDir:
-    """A directory, or none: then nothing lasts."""
+    """A directory, or none: then nothing lasts.
 
-    def __init__(self, path: Path | None) -> None:
+    Attributes:
+        why_not: why there is none; None: there is one, or nobody wants one.
+    """
+
+    def __init__(self, path: Path | None, why_not: str | None = None) -> None:
         self._path = path
+        self.why_not = why_not
 
     @classmethod
     def open(cls, path: Path, *, make: bool) -> StateDir:
         """A directory; make: unless it exists. Where it can't be used, that is logged."""
-        if not make and not path.is_dir():
-            return cls(None)
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if make:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.listdir(path)  # noqa: PTH208  # it is there, a directory, and for us
         except OSError as error:
+            why_not = f"state directory {path}: {error.strerror}"
             get_logger().error(
                 LogEvent.HOST_ERROR,
-                error=f"{path}: {error.strerror}",
+                error=why_not,
                 consequence="sizes that are set do not outlive the host",
+                remedy="make it, or name another one with --state-dir or state_dir",
             )
-            return cls(None)
+            return cls(None, why_not)
         return cls(path)
 
     def read(self, vm_name: str) -> dict[str, JsonObject]:
