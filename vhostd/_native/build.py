@@ -14,6 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 C_SOURCE: Final = Path("c_src")
 API: Final = ("vhd_api.h", "vhd_image_api.h")
+SHIPPED: Final = (C_SOURCE, Path("docs"), Path("systemd"))
+"""What a source distribution has beside Python: what a wheel is built from, and what an operator
+reads and installs."""
 MODULE: Final = "vhostd._native._core"
 
 
@@ -36,6 +39,11 @@ class BuildExt(build_ext):
                 extension.depends = headers
                 self._sanitize(extension.extra_compile_args, extension.extra_link_args)
         super().run()
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution has for the extension, and beside it."""
+        shipped = (path for folder in SHIPPED for path in folder.rglob("*") if path.is_file())
+        return ["Makefile", *sorted(str(path) for path in shipped if path.suffix != ".pyc")]
 
     @staticmethod
     def _sanitize(compile_args: list[str], link_args: list[str]) -> None:
