@@ -213,7 +213,8 @@ class Machine:
         return (await self.run("systemctl", "show", "--value", "-p", name, unit)).strip()
 
     async def journal(self, unit: str, *options: str) -> str:
-        """What a unit printed, and what was said of it."""
+        """What a unit printed, and what was said of it, up to now."""
+        await self.run("journalctl", "--sync")  # what journald has not written yet
         return await self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit, *options)
 
     def outer_pid(self, inner: int) -> int:
