@@ -61,10 +61,14 @@ static int count_all(struct vhd_given_up *given_up)
 int vhd_given_up_open(struct vhd_given_up *given_up, uint64_t file_size, int inherited)
 {
     void *at;
-    int rc;
+    int converted = -1, rc;
 
     given_up->count = bit_words(file_size);
     rc = vhd_memfd_open("vhostd-given-up", inherited, size_of(given_up), &at);
+    if (rc == -EPROTO && (converted = vhd_given_up_convert(inherited, given_up->count)) >= 0) {
+        rc = vhd_memfd_open("vhostd-given-up", converted, size_of(given_up), &at);
+        close(converted);
+    }
     if (rc < 0)
         return rc;
     given_up->fd = rc;

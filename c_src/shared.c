@@ -1,10 +1,9 @@
 /* shared.c - what a device leaves to the process after this one: made, or found and checked. Must
  * not know how any of it is used. */
+#include <unistd.h>
+
 #include "barrier.h"
 #include "vhd.h"
-
-/* The version rises with every change of struct vhd_shared, and of what its fields mean. */
-enum { SHARED_MAGIC = 0x76686473 /* "vhds" */, SHARED_VERSION = 5 };
 
 static void begin_shared(struct vhd_shared *shared, uint32_t queue_count, uint32_t config_size)
 {
@@ -13,14 +12,14 @@ static void begin_shared(struct vhd_shared *shared, uint32_t queue_count, uint32
     for (uint32_t i = 0; i < VHD_QUEUES_MAX; i++)
         shared->rings[i].start_number = UINT64_MAX;
     shared->driver_generation = vhd_generation_after(0);
-    shared->version = SHARED_VERSION;
+    shared->version = VHD_SHARED_VERSION;
     vhd_fence_before_death();
-    shared->magic = SHARED_MAGIC; /* last: who dies before has left nothing to take over */
+    shared->magic = VHD_SHARED_MAGIC; /* last: who dies before has left nothing to take over */
 }
 
 static int check_shared(struct vhd_shared *shared, uint32_t queue_count, uint32_t config_size)
 {
-    if (shared->magic != SHARED_MAGIC || shared->version != SHARED_VERSION ||
+    if (shared->magic != VHD_SHARED_MAGIC || shared->version != VHD_SHARED_VERSION ||
         shared->queue_count != queue_count || shared->config_size != config_size)
         return -EPROTO;
     for (uint32_t i = 0; i < VHD_QUEUES_MAX; i++)
@@ -33,8 +32,13 @@ int vhd_shared_open(struct vhd_device *device, int shared_fd, int reply_fd, uint
 {
     size_t size = sizeof *device->shared;
     void *at;
+    int converted = -1;
     int rc = vhd_memfd_open("vhostd-device", shared_fd, size, &at);
 
+    if (rc == -EPROTO && (converted = vhd_shared_convert(shared_fd)) >= 0) {
+        rc = vhd_memfd_open("vhostd-device", converted, size, &at);
+        close(converted);
+    }
     if (rc < 0)
         return rc;
     device->shared_fd = rc;

@@ -353,6 +353,13 @@ int vhd_flush_put(struct vhd_device *device, struct vhd_queue *queue, const stru
 bool vhd_flush_due(const struct vhd_queue *queue);
 void vhd_flush(struct vhd_worker *worker, struct vhd_device *device, uint32_t index);
 
+/* The version rises with every change of struct vhd_shared, and of what its fields mean. */
+enum { VHD_SHARED_MAGIC = 0x76686473 /* "vhds" */, VHD_SHARED_VERSION = 5 };
+
+/* shared_before.c: a new memfd of this release's layout with what fd, of a release before, has; or
+ * -errno, -EPROTO when it is none. */
+int vhd_shared_convert(int fd);
+
 /* shared.c: both memfds, -1 = a new one. 0 or -errno. */
 int vhd_shared_open(struct vhd_device *device, int shared_fd, int reply_fd, uint32_t queue_count,
                     uint32_t config_size);

@@ -41,6 +41,11 @@ struct vhd_given_up {
     _Atomic uint64_t pages; /* how many bits are set */
 };
 
+/* The generation of what a release left that knew of none (shared_before.c). */
+enum { VHD_GENERATION_BEFORE = 1 };
+
+/* A new memfd of such a release's bits, with that generation behind them; or -errno. */
+int vhd_given_up_convert(int fd, uint64_t words);
 /* inherited: a predecessor's memfd, -1 = a new one; 0 or -errno. */
 int vhd_given_up_open(struct vhd_given_up *given_up, uint64_t file_size, int inherited);
 void vhd_given_up_close(struct vhd_given_up *given_up);

@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_CLANG ?= $(firstword $(foreach name,clang clang-19 clang-18 clang-17 clang-16 clang-15 clang-14,$(shell command -v $(name) 2>/dev/null)))
 FUZZ_BUILD ?= build/fuzz
 TARGETS := ring balloon
-CORE := $(addprefix c_src/,guest_mem.c chain.c ring.c ring_split.c ring_packed.c dirty_log.c sigbus.c balloon.c mapping.c given_up.c backing.c memfd.c discard.c)
+CORE := $(addprefix c_src/,guest_mem.c chain.c ring.c ring_split.c ring_packed.c dirty_log.c sigbus.c balloon.c mapping.c given_up.c shared_before.c backing.c memfd.c discard.c)
 INPUTS := $(CORE) $(wildcard c_src/*.h tests/fuzz/*.h) tests/fuzz/fuzz.mk
 FLAGS := -std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -UNDEBUG -pthread -Ic_src
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -17,7 +17,7 @@ CORE = [
     for name in (
         *("guest_mem", "chain", "ring", "ring_split", "ring_packed"),
         *("dirty_log", "sigbus", "balloon", "mapping", "given_up"),
-        *("backing", "memfd", "discard"),
+        *("shared_before", "backing", "memfd", "discard"),
     )
 ]
 FLAGS = [

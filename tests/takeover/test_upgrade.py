@@ -1,4 +1,4 @@
-"""An upgrade from the build of the commit before this one: its VM is taken over whole."""
+"""An upgrade from the build of a commit before this one: its VM is taken over whole."""
 
 from __future__ import annotations
 
@@ -30,12 +30,24 @@ def git(*words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commit before this one is installed, for PYTHONPATH."""
+def last_commit() -> str:
+    """The commit before this one."""
     # With changes that are not committed, it is the last commit that an operator would have.
     changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    commit = "HEAD" if changed else "HEAD~1"
+    return "HEAD" if changed else "HEAD~1"
+
+
+@pytest.fixture(
+    scope="module",
+    params=["last", "e01e944", pytest.param("e65fd8a", marks=pytest.mark.long)],
+    ids=["last", "layout 2", "layout 3"],
+)
+def previous(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a commit before this one is installed, for PYTHONPATH.
+
+    The others left worker's memory of another layout: c_src/shared_before.c.
+    """
+    commit = last_commit() if request.param == "last" else request.param
     if git("cat-file", "-e", f"{commit}:{NEEDED}").returncode != 0:
         pytest.skip(f"{commit} is not there, or knows no take-over")
     folder = tmp_path_factory.mktemp("previous")

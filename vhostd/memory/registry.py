@@ -222,8 +222,9 @@ class MemoryRegistry:
             mapping.close()
             return
         self._files[identity] = file
-        if bitmap is None:
-            self._store.keep(file.name("bitmap"), mapping.given_up_fd)
+        self._store.keep(
+            file.name("bitmap"), mapping.given_up_fd
+        )  # a new one where it is converted
         self._adopted.append(file)
 
     async def _map_again(
