@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `make test-long` makes longer; the defaults are the everyday ones."""
-    parser.addoption("--kills", type=int, default=8, help="times QEMU is killed under a disk")
+    parser.addoption("--kills", type=int, default=4, help="times QEMU is killed under a disk")
     parser.addoption("--takeovers", type=int, default=8, help="times vhostd is killed")
     parser.addoption("--repeats", type=int, default=100, help="times a hostile input is repeated")
     parser.addoption("--rounds", type=int, default=100, help="times a VMM comes and goes")

@@ -181,13 +181,17 @@ class ControlClient:
 
         Raises ClientError (TIMED_OUT) with where the guest stands after timeout_s.
         """
+
+        def look() -> JsonValue:
+            return self._waiting(lambda _left_s: self._mem(name, device), 0)
+
         deadline_s = time.monotonic() + timeout_s
-        mem: JsonValue = None
         for _ in self._news(f"/v1/events?vm={quote(name, safe='')}", deadline_s):
-            mem = self._waiting(lambda _left_s: self._mem(name, device), 0)
+            mem = look()
             yield mem
             if mem["reached"] and not mem["discarding"]:
                 return
+        mem = look()  # that nothing happens for a while has no event, and says what is wrong
         raise ClientError(
             f"timed out: {device} is at {mem['plugged']} bytes of {mem['requested']}:"
             f" {mem['standing']}",
